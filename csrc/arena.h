@@ -1,0 +1,38 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * arena.h: memory to allocate from, and registered memory; the functions are those of ksmalloc.h.
+ */
+#ifndef KSM_ARENA_H
+#define KSM_ARENA_H
+
+#include "domain.h"
+#include "slab.h"
+#include "span.h"
+
+/* A reserved range of addresses, a region of it, and what of it is free. */
+struct ksm_area {
+	struct ksm_area *next;
+	struct ksm_region region;
+	struct ksm_spans spans;
+	char *base;
+	size_t room;      /* pages reserved */
+	size_t committed; /* pages [0, committed) are readable and writable */
+};
+
+/* The two halves of an arena: what may be merged, and what never is. */
+struct ksm_half {
+	struct ksm_area *areas;
+	struct ksm_slabs slabs;
+	bool mergeable;
+};
+
+struct ksm_arena {
+	struct ksm_domain *domain;
+	uint64_t references;
+	bool closed;
+	bool background;
+	struct ksm_half halves[2];
+	uint64_t blocks, bytes, pages;
+};
+
+#endif

@@ -1,0 +1,90 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * DOC: Barriers
+ *
+ * What opens a window is a barrier; this file chooses one and keeps the order of its verbs. The implementations
+ * are barrier_*.c, and one conformance suite runs against each of them.
+ *
+ * BARRIER-1. While a window is open no store reaches its pages: of no thread, and of no system call. Stores that come
+ *            meanwhile wait, and land in what the page has become.
+ * BARRIER-2. Every page of a window is mapped, dropped or put back, whatever fails; nothing is lost and nobody is
+ *            left asleep.
+ * BARRIER-3. A page that a device may write by itself (pinned) is refused, by a barrier that can see it.
+ */
+#include "barrier.h"
+
+#include <errno.h>
+#include <string.h>
+
+const struct ksm_barrier_ops *const ksm_barriers[] = {&ksm_barrier_move, NULL};
+
+int ksm_barrier_create_from(struct ksm_barrier *barrier, enum ksm_barrier_kind kind, int uffd)
+{
+	int error = -ENOSYS;
+	for (size_t i = 0; ksm_barriers[i]; i++) {
+		if (kind != KSM_BARRIER_AUTO && ksm_barriers[i]->kind != kind)
+			continue;
+		memset(barrier, 0, sizeof(*barrier));
+		barrier->uffd = uffd;
+		int r = ksm_barriers[i]->create(barrier);
+		if (!r) {
+			barrier->ops = ksm_barriers[i];
+			return 0;
+		}
+		if (error == -ENOSYS)
+			error = r; /* the best one's reason */
+	}
+	memset(barrier, 0, sizeof(*barrier));
+	barrier->uffd = -1;
+	return error;
+}
+
+int ksm_barrier_create(struct ksm_barrier *barrier, enum ksm_barrier_kind kind)
+{
+	return ksm_barrier_create_from(barrier, kind, -1);
+}
+
+void ksm_barrier_destroy(struct ksm_barrier *barrier)
+{
+	if (barrier->ops)
+		barrier->ops->destroy(barrier);
+	barrier->ops = NULL;
+}
+
+int ksm_window_open(struct ksm_barrier *barrier, char *at, size_t pages)
+{
+	ksm_assert(barrier->pages == 0 && pages > 0);
+	if (!barrier->ops)
+		return -ENOSYS;
+	memset(barrier->fate, KSM_WINDOW_OUT, sizeof(barrier->fate));
+	int r = barrier->ops->open(barrier, at, KSM_MIN(pages, (size_t)KSM_WINDOW_PAGES));
+	ksm_assert(r ? barrier->pages == 0 : barrier->pages > 0 && barrier->pages <= pages);
+	return r;
+}
+
+int ksm_window_map(struct ksm_barrier *barrier, size_t page, size_t count, int store, uint64_t offset)
+{
+	ksm_assert(page + count <= barrier->pages);
+	int r = barrier->ops->map(barrier, page, count, store, offset);
+	if (!r)
+		memset(barrier->fate + page, KSM_WINDOW_MAPPED, count);
+	return r;
+}
+
+void ksm_window_drop(struct ksm_barrier *barrier, size_t page, size_t count)
+{
+	ksm_assert(page + count <= barrier->pages);
+	if (barrier->ops->drop)
+		barrier->ops->drop(barrier, page, count);
+	memset(barrier->fate + page, KSM_WINDOW_DROPPED, count);
+}
+
+unsigned ksm_window_close(struct ksm_barrier *barrier)
+{
+	ksm_assert(barrier->pages > 0);
+	unsigned failures = barrier->ops->close(barrier);
+	barrier->at = NULL;
+	barrier->view = NULL;
+	barrier->pages = 0;
+	return failures;
+}

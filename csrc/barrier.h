@@ -1,0 +1,75 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * barrier.h: windows. While a window is open no store of any thread or system call reaches its pages; what it holds
+ * can be looked at, and each page is then mapped to a frame, dropped, or put back.
+ *
+ *     open ─▶ look at view ─▶ map / drop some pages ─▶ close (puts back the rest, wakes whoever waits)
+ *
+ * One window at a time, opened and closed by the scanner's thread under the merge lock.
+ */
+#ifndef KSM_BARRIER_H
+#define KSM_BARRIER_H
+
+#include "base.h"
+#include "ksmalloc.h"
+
+#define KSM_WINDOW_PAGES 64 /* at most, in one window */
+
+enum ksm_window_page {
+	KSM_WINDOW_OUT = 0, /* in the window, to be put back */
+	KSM_WINDOW_MAPPED,
+	KSM_WINDOW_DROPPED,
+};
+
+struct ksm_barrier;
+
+struct ksm_barrier_ops {
+	const char *name;
+	enum ksm_barrier_kind kind;
+	/* Can it work in this process? 0: it is ready. -EPERM, -EACCES: not allowed; -ENOSYS, -EINVAL: kernel too old. */
+	int (*create)(struct ksm_barrier *barrier);
+	void (*destroy)(struct ksm_barrier *barrier);
+	/* 0: barrier->at, pages and view are set, pages maybe fewer than asked for, at least one. -EBUSY: the first page
+	 * cannot be had (pinned, shared by fork). After an error the pages are as they were. */
+	int (*open)(struct ksm_barrier *barrier, char *at, size_t pages);
+	/* Map `count` pages from `page` of the window to the store. On error they are still in the window. */
+	int (*map)(struct ksm_barrier *barrier, size_t page, size_t count, int store, uint64_t offset);
+	/* Leave them empty: they read as zeros. */
+	void (*drop)(struct ksm_barrier *barrier, size_t page, size_t count);
+	/* Returns the number of calls that failed and were made good. Loses nothing, or does not return. */
+	unsigned (*close)(struct ksm_barrier *barrier);
+	/* Keep stores away from pages mapped to frames without moving them, and let go again (nothing replaced). */
+	int (*hold)(struct ksm_barrier *barrier, char *at, size_t pages);
+	int (*release)(struct ksm_barrier *barrier, char *at, size_t pages);
+};
+
+struct ksm_barrier {
+	const struct ksm_barrier_ops *ops; /* NULL: none works */
+	/* of the open window */
+	char *at;
+	size_t pages;
+	const char *view; /* the pages' bytes, exact and unchanging while it is open */
+	uint8_t fate[KSM_WINDOW_PAGES]; /* enum ksm_window_page */
+	/* of the implementation */
+	int uffd;
+	char *scratch;
+	bool tainted; /* the descriptor is to be replaced when the window is closed */
+};
+
+extern const struct ksm_barrier_ops ksm_barrier_move;
+
+/* Every barrier there is, best first, NULL at the end. */
+extern const struct ksm_barrier_ops *const ksm_barriers[];
+
+/* Choose and prepare one. AUTO: the best that works, else none (returns its error, ops is NULL). */
+int ksm_barrier_create(struct ksm_barrier *barrier, enum ksm_barrier_kind kind);
+void ksm_barrier_destroy(struct ksm_barrier *barrier);
+/* Take over a descriptor that was made before, where a new one is not allowed any more; -1: none. */
+int ksm_barrier_create_from(struct ksm_barrier *barrier, enum ksm_barrier_kind kind, int uffd);
+
+int ksm_window_open(struct ksm_barrier *barrier, char *at, size_t pages);
+int ksm_window_map(struct ksm_barrier *barrier, size_t page, size_t count, int store, uint64_t offset);
+void ksm_window_drop(struct ksm_barrier *barrier, size_t page, size_t count);
+unsigned ksm_window_close(struct ksm_barrier *barrier);
+
+#endif

@@ -1,0 +1,453 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * DOC: Domains
+ *
+ * A process is in a domain once, however many Arena() and Domain() objects name it: this file keeps the list of
+ * memberships, counts references to them, and turns the public calls into calls of the scanner's thread.
+ *
+ * DOM-1. A membership lasts until its last reference is gone: every arena, live block and registered region holds
+ *        one, so that no page is mapped to a frame when the process leaves.
+ * DOM-2. Lock order: list, memory, life (worker.c), merge lock. Nothing waits for the scanner's thread while it holds
+ *        the memory or the merge lock.
+ */
+#include "domain.h"
+
+#include "atomic.h"
+#include "error.h"
+#include "os.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+static pthread_mutex_t list_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct ksm_domain *list;
+
+/* ---- references ------------------------------------------------------------------------------------------- */
+
+static bool is_same(const struct ksm_domain *domain, const struct ksm_domain_options *options)
+{
+	const struct ksm_member *member = &domain->worker.member;
+	const char *name = options->name ? options->name : "default";
+	if (strcmp(member->name, name))
+		return false;
+	if (!member->options.path || !options->path)
+		return !member->options.path == !options->path;
+	return !strcmp(member->options.path, options->path);
+}
+
+/* The same membership under other wishes. */
+static int check_wishes(const struct ksm_domain *domain, const struct ksm_domain_options *options)
+{
+	const struct ksm_member *member = &domain->worker.member;
+	if ((uint32_t)options->backing != member->backing)
+		return KSM_EBACKING;
+	if (options->barrier == KSM_BARRIER_AUTO || !member->peer.self)
+		return 0;
+	return ksm_load_relaxed(&member->peer.self->barrier) == options->barrier ? 0 : KSM_EBARRIER;
+}
+
+static int make(const struct ksm_domain_options *options, struct ksm_domain **out)
+{
+	struct ksm_domain *domain = calloc(1, sizeof(*domain));
+	if (!domain)
+		return -ENOMEM;
+	ksm_worker_init(&domain->worker, options);
+	pthread_mutex_init(&domain->memory, NULL);
+	domain->references = 1;
+	int r = ksm_worker_start(&domain->worker);
+	if (r) {
+		ksm_worker_fini(&domain->worker);
+		free(domain);
+		return r;
+	}
+	domain->next = list;
+	list = domain;
+	*out = domain;
+	return 0;
+}
+
+int ksm_domain_attach(const struct ksm_domain_options *options, struct ksm_domain **out)
+{
+	static const struct ksm_domain_options defaults = {.store_fd = -1};
+	int r = 0;
+	if (!options)
+		options = &defaults;
+	if ((options->name && strlen(options->name) > KSM_NAME_MAX) || options->barrier < 0 ||
+	    options->barrier > KSM_BARRIER_MOVE || options->backing < 0 || options->backing > KSM_BACKING_SHM)
+		return -EINVAL;
+	if (options->path && strlen(options->path) + KSM_NAME_MAX + 2 > KSM_PATH_ROOM)
+		return -ENAMETOOLONG;
+	pthread_mutex_lock(&list_lock);
+	struct ksm_domain *domain = list;
+	while (domain && !is_same(domain, options))
+		domain = domain->next;
+	if (!domain) {
+		r = make(options, out);
+	} else {
+		r = check_wishes(domain, options);
+		if (!r) {
+			domain->references++;
+			*out = domain;
+		}
+	}
+	pthread_mutex_unlock(&list_lock);
+	return r;
+}
+
+void ksm_domain_get(struct ksm_domain *domain)
+{
+	pthread_mutex_lock(&list_lock);
+	domain->references++;
+	pthread_mutex_unlock(&list_lock);
+}
+
+static int leave(struct ksm_member *member, void *context KSM_UNUSED)
+{
+	ksm_member_leave(member);
+	return 0;
+}
+
+void ksm_domain_detach(struct ksm_domain *domain)
+{
+	pthread_mutex_lock(&list_lock);
+	if (--domain->references) {
+		pthread_mutex_unlock(&list_lock);
+		return;
+	}
+	struct ksm_domain **at = &list;
+	while (*at != domain)
+		at = &(*at)->next;
+	*at = domain->next;
+	if (ksm_worker_call(&domain->worker, leave, NULL))
+		ksm_peer_destroy(ksm_domain_peer(domain)); /* no thread to be had: its descriptors are gone anyway */
+	ksm_worker_stop(&domain->worker);
+	pthread_mutex_unlock(&list_lock);
+	ksm_worker_fini(&domain->worker);
+	pthread_mutex_destroy(&domain->memory);
+	free(domain);
+}
+
+void ksm_domain_id(struct ksm_domain *domain, char out[33])
+{
+	const uint8_t *id = ksm_domain_peer(domain)->control->id;
+	for (size_t i = 0; i < 16; i++) {
+		out[2 * i] = "0123456789abcdef"[id[i] >> 4];
+		out[2 * i + 1] = "0123456789abcdef"[id[i] & 15];
+	}
+	out[32] = 0;
+}
+
+const char *ksm_domain_directory(struct ksm_domain *domain)
+{
+	return domain->worker.member.directory;
+}
+
+/* ---- statistics --------------------------------------------------------------------------------------------- */
+
+int ksm_domain_self_stats(struct ksm_domain *domain, struct ksm_stats *out)
+{
+	ksm_stats_of_slot(ksm_domain_peer(domain)->self, out);
+	if (domain->worker.member.lost)
+		out->why_not = KSM_ELOST;
+	return 0;
+}
+
+struct peers_request {
+	struct ksm_peer_info *room;
+	size_t count, space;
+	struct ksm_stats sum;
+};
+
+static uint64_t frames_published(const struct ksm_peer *peer)
+{
+	uint64_t count = 0, high = KSM_MIN(ksm_load_acquire(&peer->control->frames_high), peer->layout.frames);
+	for (uint64_t frame = 0; frame < high; frame++)
+		count += ksm_cell_state(ksm_load_relaxed(&peer->cells[frame])) == KSM_CELL_PUBLISHED;
+	return count;
+}
+
+static uint64_t blocks_of(int fd)
+{
+	struct stat stat;
+	return fd >= 0 && !ksm_os_stat(fd, &stat) ? (uint64_t)stat.st_blocks * 512 : 0;
+}
+
+static int collect(struct ksm_member *member, void *context)
+{
+	struct peers_request *request = context;
+	struct ksm_peer *peer = &member->peer;
+	ksm_count_set(peer->self, KSM_METADATA_BYTES, ksm_scan_metadata(&member->scanner));
+	ksm_scan_know_peers(&member->scanner); /* whoever cannot be asked is counted all the same */
+	for (size_t i = 0; i < peer->living_count; i++) {
+		const struct ksm_slot *slot = ksm_peer_slot(peer, peer->living[i]);
+		struct ksm_peer_info info = {.pid = slot->pid, .slot = peer->living[i], .self = slot == peer->self};
+		ksm_stats_of_slot(slot, &info.stats);
+		ksm_stats_add(&request->sum, &info.stats);
+		if (request->count < request->space)
+			request->room[request->count] = info;
+		request->count++;
+	}
+	struct ksm_stats *sum = &request->sum;
+	sum->pages_shared = frames_published(peer);
+	sum->pages_sharing = sum->pages_merged > sum->pages_shared ? sum->pages_merged - sum->pages_shared : 0;
+	sum->saved_bytes = sum->pages_sharing * KSM_PAGE_SIZE;
+	sum->store_bytes = blocks_of(peer->fds.store);
+	sum->metadata_bytes += blocks_of(peer->fds.control);
+	sum->page_size = (uint32_t)KSM_PAGE_SIZE;
+	sum->barrier = ksm_load_relaxed(&peer->self->barrier);
+	sum->why_not = ksm_load_relaxed(&peer->self->why_not);
+	return 0;
+}
+
+int ksm_domain_stats(struct ksm_domain *domain, struct ksm_stats *out)
+{
+	struct peers_request request = {0};
+	int r = ksm_worker_call(&domain->worker, collect, &request);
+	if (!r)
+		*out = request.sum;
+	return r;
+}
+
+int ksm_domain_peers(struct ksm_domain *domain, struct ksm_peer_info *out, size_t room)
+{
+	struct peers_request request = {.room = out, .space = room};
+	int r = ksm_worker_call(&domain->worker, collect, &request);
+	return r ? r : (int)request.count;
+}
+
+/* ---- scanning ------------------------------------------------------------------------------------------------ */
+
+struct scan_request {
+	struct ksm_region *region;
+	bool broken_too;
+	struct ksm_report *report;
+	struct ksm_restore_counts *restored;
+	uint64_t freed;
+	bool settled;
+};
+
+static int scan(struct ksm_member *member, void *context)
+{
+	struct scan_request *request = context;
+	struct ksm_scan_between hook = ksm_worker_between(member);
+	struct ksm_merge_counts counts = {0};
+	uint64_t start = ksm_os_now_ns(), passes = 0;
+	ksm_scan_know_peers(&member->scanner);
+	int r = ksm_scan_exhaust(&member->scanner, request->region, &hook, &counts, &passes);
+	*request->report = (struct ksm_report){
+		.pages_scanned = counts.scanned,
+		.pages_merged = counts.merged,
+		.zero_pages = counts.dropped,
+		.frames_written = counts.promoted,
+		.passes = passes,
+		.seconds = (double)(ksm_os_now_ns() - start) / 1e9,
+		.why_not = member->scanner.barrier.ops ? counts.why_not : member->peer.self->why_not,
+	};
+	return r ? -EAGAIN : 0;
+}
+
+int ksm_domain_scan_region(struct ksm_domain *domain, struct ksm_region *region, struct ksm_report *out)
+{
+	struct scan_request request = {.region = region, .report = out};
+	int r;
+	do /* a fork in another thread ends the scanner half-way; the next one starts over */
+		r = ksm_worker_call(&domain->worker, scan, &request);
+	while (r == -EAGAIN);
+	return r;
+}
+
+int ksm_domain_scan(struct ksm_domain *domain, struct ksm_report *out)
+{
+	return ksm_domain_scan_region(domain, NULL, out);
+}
+
+static int restore(struct ksm_member *member, void *context)
+{
+	struct scan_request *request = context;
+	struct ksm_scan_between hook = ksm_worker_between(member);
+	return ksm_scan_restore(&member->scanner, request->region, request->broken_too, &hook, request->restored);
+}
+
+int ksm_domain_restore_region(struct ksm_domain *domain, struct ksm_region *region, bool broken_too,
+			      struct ksm_restore_counts *out)
+{
+	struct scan_request request = {.region = region, .broken_too = broken_too, .restored = out};
+	return ksm_worker_call(&domain->worker, restore, &request);
+}
+
+static int sweep(struct ksm_member *member, void *context)
+{
+	struct scan_request *request = context;
+	struct ksm_scan_between hook = ksm_worker_between(member);
+	int64_t freed = -EAGAIN;
+	for (int attempt = 0; attempt < 50 && freed == -EAGAIN; attempt++) /* somebody comes or goes */
+		freed = ksm_scan_sweep(&member->scanner, true, &hook);
+	if (freed < 0)
+		return (int)freed;
+	request->freed = (uint64_t)freed;
+	return 0;
+}
+
+int ksm_domain_sweep(struct ksm_domain *domain, uint64_t *freed)
+{
+	struct scan_request request = {0};
+	int r = ksm_worker_call(&domain->worker, sweep, &request);
+	if (!r && freed)
+		*freed = request.freed;
+	return r;
+}
+
+/* ---- settling -------------------------------------------------------------------------------------------------- */
+
+static int settle_begin(struct ksm_member *member, void *context KSM_UNUSED)
+{
+	ksm_add_seqcst(&member->peer.control->settle_seq, 1);
+	return 0;
+}
+
+static int settle_check(struct ksm_member *member, void *context)
+{
+	struct scan_request *request = context;
+	struct ksm_peer *peer = &member->peer;
+	bool wake = request->broken_too; /* here: remind those that are behind */
+	request->settled = true;
+	ksm_scan_know_peers(&member->scanner);
+	uint64_t seq = ksm_load_seqcst(&peer->control->settle_seq);
+	uint64_t changes = ksm_load_seqcst(&peer->control->changes);
+	for (size_t i = 0; i < peer->living_count; i++) {
+		struct ksm_slot *slot = ksm_peer_slot(peer, peer->living[i]);
+		if (ksm_load_acquire(&slot->quiet_at) == changes && ksm_load_acquire(&slot->settled_seq) == seq)
+			continue;
+		request->settled = false;
+		if (wake && slot != peer->self)
+			ksm_exchange_wake(peer, peer->living[i]);
+	}
+	return 0;
+}
+
+int ksm_domain_settle(struct ksm_domain *domain, uint32_t timeout_ms, struct ksm_report *out)
+{
+	struct ksm_stats before, now;
+	struct scan_request request = {.broken_too = true};
+	uint64_t start = ksm_os_now_ns(), deadline = start + timeout_ms * 1000000ull, reminded = 0;
+	int r = ksm_domain_stats(domain, &before);
+	if (!r)
+		r = ksm_worker_call(&domain->worker, settle_begin, NULL);
+	while (!r) {
+		uint64_t t = ksm_os_now_ns();
+		request.broken_too = t - reminded > 500000000u;
+		if (request.broken_too)
+			reminded = t;
+		r = ksm_worker_call(&domain->worker, settle_check, &request);
+		if (r || request.settled || t >= deadline)
+			break;
+		ksm_os_sleep_ns(3000000);
+	}
+	if (!r)
+		r = ksm_domain_stats(domain, &now);
+	if (r)
+		return r;
+	*out = (struct ksm_report){
+		.pages_scanned = now.pages_scanned - KSM_MIN(before.pages_scanned, now.pages_scanned),
+		.pages_merged = now.merges - KSM_MIN(before.merges, now.merges),
+		.frames_written = now.promotions - KSM_MIN(before.promotions, now.promotions),
+		.passes = now.full_scans - KSM_MIN(before.full_scans, now.full_scans),
+		.seconds = (double)(ksm_os_now_ns() - start) / 1e9,
+		.settled = request.settled,
+		.why_not = domain->worker.settings.run ? now.why_not : KSM_ESTOPPED,
+	};
+	return 0;
+}
+
+/* ---- settings and cleaning ---------------------------------------------------------------------------------------- */
+
+int ksm_settings_read(const struct ksm_domain_options *options, struct ksm_settings *out, uint32_t *peers)
+{
+	struct ksm_rendezvous rendezvous;
+	struct ksm_peer nobody = {0};
+	if (peers)
+		*peers = 0;
+	int r = ksm_rendezvous_open(options, false, &rendezvous);
+	if (r == -ENOENT) {
+		ksm_settings_default(out);
+		return 0;
+	}
+	if (r)
+		return r;
+	r = ksm_rendezvous_settings(rendezvous.file, out);
+	nobody.fds.file = rendezvous.file;
+	int count = ksm_peer_count(&nobody);
+	if (peers && count > 0)
+		*peers = (uint32_t)count;
+	ksm_rendezvous_close(&rendezvous);
+	return r ? r : KSM_MIN(count, 0);
+}
+
+int ksm_settings_write(const struct ksm_domain_options *options, const struct ksm_settings *settings)
+{
+	struct ksm_rendezvous rendezvous;
+	int r = ksm_rendezvous_open(options, true, &rendezvous);
+	if (r)
+		return r;
+	r = ksm_rendezvous_lock(rendezvous.file, KSM_LOCK_SETTINGS, 1000);
+	if (!r)
+		r = ksm_rendezvous_set_settings(rendezvous.file, settings);
+	ksm_os_unlock(rendezvous.file, KSM_LOCK_SETTINGS);
+	ksm_rendezvous_close(&rendezvous);
+	return r;
+}
+
+int ksm_domain_clean(const struct ksm_domain_options *options)
+{
+	struct ksm_rendezvous rendezvous;
+	int r = ksm_rendezvous_open(options, false, &rendezvous);
+	if (r)
+		return r;
+	r = ksm_rendezvous_lock(rendezvous.file, KSM_LOCK_JOIN, 1000);
+	if (!r)
+		r = ksm_rendezvous_is_inhabited(rendezvous.file);
+	r = r > 0 || r == -EAGAIN ? -EBUSY : r;
+	if (!r)
+		r = ksm_rendezvous_clear(&rendezvous, true);
+	ksm_rendezvous_close(&rendezvous);
+	return r;
+}
+
+/* ---- the process ---------------------------------------------------------------------------------------------------- */
+
+void ksm_domains_resume(void)
+{
+	pthread_mutex_lock(&list_lock);
+	for (struct ksm_domain *domain = list; domain; domain = domain->next)
+		if (!domain->worker.member.lost)
+			ksm_worker_start(&domain->worker);
+	pthread_mutex_unlock(&list_lock);
+}
+
+void ksm_domains_fork_prepare(void)
+{
+	pthread_mutex_lock(&list_lock);
+	for (struct ksm_domain *domain = list; domain; domain = domain->next) {
+		pthread_mutex_lock(&domain->memory);
+		ksm_worker_fork_prepare(&domain->worker);
+	}
+}
+
+void ksm_domains_fork_parent(void)
+{
+	for (struct ksm_domain *domain = list; domain; domain = domain->next) {
+		ksm_worker_fork_parent(&domain->worker);
+		pthread_mutex_unlock(&domain->memory);
+	}
+	pthread_mutex_unlock(&list_lock);
+}
+
+void ksm_domains_fork_child(void)
+{
+	for (struct ksm_domain *domain = list; domain; domain = domain->next) {
+		ksm_worker_fork_child(&domain->worker);
+		pthread_mutex_init(&domain->memory, NULL);
+	}
+	pthread_mutex_init(&list_lock, NULL);
+}

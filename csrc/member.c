@@ -1,0 +1,525 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * DOC: Membership
+ *
+ * Joining happens in the scanner's thread, which has a descriptor table of its own: the program can neither close
+ * our descriptors nor get their numbers for files of its own, which our writes would then reach.
+ *
+ *    join     lock ▸ does anybody live here? ▸ yes: get control and store from a peer; no: create them ▸
+ *             take a seat ▸ listen ▸ unlock
+ *
+ * A fork ends the scanner (a living native thread makes Python warn at every fork), and its table ends with it. So:
+ *
+ *    prepare  the scanner takes a seat for the child and hands the seeds (the descriptors that cannot be had again
+ *             otherwise) to the forking thread; it ends; under the merge lock the child's bits become a copy of ours
+ *    child    is born with its lock held, its bits set; it sits down
+ *    parent   unmaps the child's lock page: from here on only the child keeps its seat
+ *    resume   the next scanner, on either side, starts from the seeds, after their inodes have been checked; what
+ *             is missing comes from the rendezvous and a peer
+ *
+ * MEMBER-1. From before the fork until the child is gone, the child's references are covered by bits of a peer
+ *           that is alive: the parent's while the merge lock is held, then the child's own.
+ * MEMBER-2. If no seat can be had for a child, nothing in the domain is ever freed again (no_sweep): memory is lost
+ *           until its last process ends, bytes are not. The child is a member without a seat and merges nothing.
+ * MEMBER-3. A descriptor that comes from the program's table is used only if it still is the file it was.
+ */
+#include "member.h"
+
+#include "atomic.h"
+#include "error.h"
+#include "os.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define JOIN_LOCK_MS 10000
+#define ANSWER_MS 5000
+
+void ksm_member_init(struct ksm_member *member, const struct ksm_domain_options *options)
+{
+	memset(member, 0, sizeof(*member));
+	if (options)
+		member->options = *options;
+	snprintf(member->name, sizeof(member->name), "%s",
+		 options && options->name ? options->name : "default");
+	member->options.name = member->name;
+	if (options && options->path) {
+		snprintf(member->base, sizeof(member->base), "%s", options->path);
+		member->options.path = member->base;
+	}
+	if (!options)
+		member->options.store_fd = -1;
+	ksm_peer_init(&member->peer);
+	ksm_exchange_init(&member->exchange);
+	for (size_t i = 0; i < KSM_SEEDS; i++)
+		member->seeds[i] = member->seeds_here[i] = -1;
+	if (member->options.backing == KSM_BACKING_SHM)
+		member->seeds[KSM_SEED_STORE] = member->options.store_fd;
+	member->child = (struct ksm_seat){.slot = KSM_NO_SLOT, .bitmap_fd = -1};
+}
+
+/* ---- descriptors --------------------------------------------------------------------------------------- */
+
+static uint64_t inode_of(int fd)
+{
+	struct stat stat;
+	return fd >= 0 && !ksm_os_stat(fd, &stat) ? (uint64_t)stat.st_ino : 0;
+}
+
+/* A userfaultfd has no inode of its own. */
+static bool is_uffd(int fd)
+{
+	char path[48], target[48] = "";
+	snprintf(path, sizeof(path), "/proc/thread-self/fd/%d", fd);
+	return readlink(path, target, sizeof(target) - 1) > 0 && !strcmp(target, "anon_inode:[userfaultfd]");
+}
+
+static bool seed_is_good(const struct ksm_member *member, int seed, int fd)
+{
+	if (fd < 0)
+		return false;
+	return seed == KSM_SEED_UFFD ? is_uffd(fd) : member->inodes[seed] && inode_of(fd) == member->inodes[seed];
+}
+
+int ksm_member_own_table(struct ksm_member *member)
+{
+	int r = ksm_os_unshare_files();
+	if (r)
+		return r;
+	for (size_t i = 0; i < KSM_SEEDS; i++)
+		member->seeds_here[i] = ksm_os_lift(member->seeds[i]);
+	for (unsigned next = 0;;) { /* close the gaps between the seeds, in order */
+		unsigned keep = UINT32_MAX;
+		for (size_t i = 0; i < KSM_SEEDS; i++)
+			if (member->seeds_here[i] >= 0 && (unsigned)member->seeds_here[i] >= next)
+				keep = KSM_MIN(keep, (unsigned)member->seeds_here[i]);
+		r = ksm_os_close_range(next, keep == UINT32_MAX ? keep : keep - 1);
+		if ((r && r != -EINVAL) || keep == UINT32_MAX)
+			break;
+		next = keep + 1;
+	}
+	/* What writes to standard error in this thread must not meet one of our files. */
+	while (!r) {
+		int fd = ksm_os_open(AT_FDCWD, "/dev/null", O_RDWR, 0);
+		if (fd < 0)
+			return fd;
+		if (fd > STDERR_FILENO) {
+			ksm_os_close(fd);
+			break;
+		}
+	}
+	return r;
+}
+
+static void remember_inodes(struct ksm_member *member)
+{
+	member->inodes[KSM_SEED_DIRECTORY] = inode_of(member->peer.fds.directory);
+	member->inodes[KSM_SEED_FILE] = inode_of(member->peer.fds.file);
+	member->inodes[KSM_SEED_CONTROL] = inode_of(member->peer.fds.control);
+	member->inodes[KSM_SEED_STORE] = inode_of(member->peer.fds.store);
+	member->inodes[KSM_SEED_BITMAP] = inode_of(member->peer.seat.bitmap_fd);
+}
+
+/* ---- joining ------------------------------------------------------------------------------------------- */
+
+static void object_name(const uint8_t id[16], char out[64])
+{
+	int n = snprintf(out, 64, "/ksmalloc-%u-", (unsigned)geteuid());
+	for (size_t i = 0; i < 16; i++)
+		n += snprintf(out + n, 64 - (size_t)n, "%02x", id[i]);
+}
+
+static void unlink_object(const uint8_t id[16])
+{
+	char path[80] = "/dev/shm";
+	object_name(id, path + strlen(path));
+	ksm_os_unlink(AT_FDCWD, path, false);
+}
+
+static int open_store(struct ksm_member *member)
+{
+	if (member->backing == KSM_BACKING_MEMFD)
+		return ksm_os_memfd("ksmalloc store");
+	int fd = member->seeds_here[KSM_SEED_STORE]; /* the caller's object: it came with the table */
+	return fd >= 0 ? fd : -EBADF;
+}
+
+/* Nobody lives there: a new store, new tables, a new id. Join lock held. */
+static int create(struct ksm_member *member, const struct ksm_rendezvous *rendezvous, const struct ksm_domain_file *old)
+{
+	uint64_t nbytes = member->options.capacity_bytes ? member->options.capacity_bytes : ksm_os_memory_bytes();
+	uint64_t frames = KSM_MAX(nbytes >> KSM_PAGE_SHIFT, (uint64_t)KSM_CHUNK);
+	struct ksm_peer *peer = &member->peer;
+	uint8_t id[16];
+	frames = KSM_MIN(frames, (uint64_t)KSM_NO_FRAME - KSM_CHUNK);
+	if (old && old->backing == KSM_BACKING_SHM)
+		unlink_object(old->id); /* frames of a domain whose last peer was killed */
+	member->backing = (uint32_t)member->options.backing;
+	int r = ksm_os_random(id, sizeof(id));
+	if (member->backing == KSM_BACKING_SHM)
+		memcpy(id, member->options.store_id, sizeof(id));
+	if (!r)
+		r = ksm_rendezvous_clear(rendezvous, false);
+	if (r)
+		return r;
+	int control = ksm_os_memfd("ksmalloc control");
+	if (control < 0)
+		return control;
+	peer->fds.store = open_store(member);
+	r = peer->fds.store < 0 ? peer->fds.store : ksm_store_prepare(peer->fds.store, frames, member->backing);
+	if (!r)
+		r = ksm_peer_create_control(peer, control, frames, member->backing, id);
+	if (!r)
+		return ksm_rendezvous_write(rendezvous->file, id, member->backing);
+	ksm_os_close(control);
+	return r;
+}
+
+/* Somebody lives there: control and store come from a peer. */
+static int enter(struct ksm_member *member, const struct ksm_rendezvous *rendezvous, const struct ksm_domain_file *head)
+{
+	struct ksm_peer *peer = &member->peer;
+	int control, store;
+	if (head->magic != KSM_MAGIC)
+		return KSM_ECORRUPT;
+	if (head->version != KSM_LAYOUT_VERSION || head->layout != ksm_layout_hash())
+		return KSM_ELAYOUT;
+	if (member->options.backing != (int)head->backing)
+		return KSM_EBACKING;
+	int r = ksm_exchange_join(rendezvous->directory, rendezvous->file, ANSWER_MS, &control, &store);
+	if (r)
+		return r;
+	peer->fds.store = store;
+	r = ksm_peer_map_control(peer, control);
+	if (r) {
+		ksm_os_close(control);
+		return r;
+	}
+	struct stat stat;
+	r = ksm_os_stat(store, &stat);
+	if (!r && ((uint64_t)stat.st_size != peer->layout.frames << KSM_PAGE_SHIFT ||
+		   memcmp(peer->control->id, head->id, sizeof(head->id))))
+		r = KSM_ECORRUPT;
+	member->backing = head->backing;
+	return r;
+}
+
+static int make_barrier(struct ksm_member *member, int uffd)
+{
+	struct ksm_scanner *scanner = &member->scanner;
+	int r = ksm_barrier_create_from(&scanner->barrier, (enum ksm_barrier_kind)member->options.barrier, uffd);
+	struct ksm_slot *self = member->peer.self;
+	ksm_store_relaxed(&self->barrier, r ? (int32_t)KSM_BARRIER_NONE : (int32_t)scanner->barrier.ops->kind);
+	ksm_store_relaxed(&self->why_not, r);
+	if (r && member->options.barrier != KSM_BARRIER_AUTO)
+		return KSM_EBARRIER;
+	return 0;
+}
+
+/* Sit down, get ready to scan, listen. */
+static int settle_in(struct ksm_member *member, int uffd)
+{
+	struct ksm_peer *peer = &member->peer;
+	peer->fds.pagemap = ksm_os_open(AT_FDCWD, "/proc/self/pagemap", O_RDONLY, 0);
+	int r = make_barrier(member, uffd);
+	if (peer->fds.pagemap < 0 && !r) {
+		ksm_store_relaxed(&peer->self->why_not, peer->fds.pagemap);
+		r = member->options.barrier != KSM_BARRIER_AUTO ? KSM_EBARRIER : 0;
+		ksm_barrier_destroy(&member->scanner.barrier);
+	}
+	if (!r)
+		r = ksm_merger_init(&member->scanner.merger, peer, &member->index, &member->scanner.barrier);
+	if (!r)
+		r = ksm_exchange_open(&member->exchange, peer);
+	if (!r)
+		ksm_count_set(peer->self, KSM_VMA_BUDGET, member->scanner.merger.vma_budget);
+	return r;
+}
+
+static int join_locked(struct ksm_member *member, const struct ksm_rendezvous *rendezvous)
+{
+	struct ksm_domain_file head;
+	struct ksm_seat seat;
+	int known = ksm_rendezvous_read(rendezvous->file, &head);
+	if (known && known != -ENODATA)
+		return known;
+	int r = ksm_rendezvous_is_inhabited(rendezvous->file);
+	if (r > 0)
+		r = known ? KSM_ECORRUPT : enter(member, rendezvous, &head);
+	else if (r == 0)
+		r = create(member, rendezvous, known || head.magic != KSM_MAGIC ? NULL : &head);
+	if (!r)
+		r = ksm_seat_take(&member->peer, false, &seat);
+	if (r)
+		return r;
+	ksm_peer_sit(&member->peer, &seat);
+	ksm_index_attach(&member->index, &member->peer);
+	ksm_scanner_init(&member->scanner, &member->peer, &member->index, &member->exchange);
+	return settle_in(member, -1);
+}
+
+int ksm_member_join(struct ksm_member *member)
+{
+	for (int attempt = 0; attempt < 16; attempt++) {
+		struct ksm_rendezvous rendezvous;
+		int r = ksm_rendezvous_open(&member->options, true, &rendezvous);
+		if (r)
+			return r;
+		r = ksm_rendezvous_lock(rendezvous.file, KSM_LOCK_JOIN, JOIN_LOCK_MS);
+		if (!r && ksm_rendezvous_is_gone(&rendezvous)) {
+			ksm_rendezvous_close(&rendezvous); /* cleaned away while we waited */
+			continue;
+		}
+		if (r) {
+			ksm_rendezvous_close(&rendezvous);
+			return r;
+		}
+		member->peer.fds.directory = rendezvous.directory;
+		member->peer.fds.file = rendezvous.file;
+		memcpy(member->directory, rendezvous.path, sizeof(member->directory));
+		r = join_locked(member, &rendezvous);
+		ksm_os_unlock(rendezvous.file, KSM_LOCK_JOIN);
+		if (!r) {
+			remember_inodes(member);
+			member->joined = true;
+			return 0;
+		}
+		ksm_scanner_fini(&member->scanner);
+		ksm_exchange_close(&member->exchange, &member->peer, true);
+		ksm_peer_destroy(&member->peer);
+		if (r != -EAGAIN) /* the last peer left between our looking and asking */
+			return r;
+	}
+	return KSM_ENOPEER;
+}
+
+void ksm_member_leave(struct ksm_member *member)
+{
+	struct ksm_peer *peer = &member->peer;
+	uint8_t id[16];
+	int file = peer->fds.file;
+	bool named = member->backing == KSM_BACKING_SHM && file >= 0;
+	if (named)
+		named = ksm_rendezvous_lock(file, KSM_LOCK_JOIN, JOIN_LOCK_MS) == 0;
+	memcpy(id, peer->control->id, sizeof(id));
+	peer->fds.file = -1; /* stays open until the lock is given back */
+	ksm_scanner_fini(&member->scanner);
+	ksm_exchange_close(&member->exchange, peer, true);
+	ksm_peer_destroy(peer);
+	if (named && ksm_rendezvous_is_inhabited(file) == 0)
+		unlink_object(id);
+	ksm_os_close(file);
+	member->joined = false;
+}
+
+/* ---- resuming ------------------------------------------------------------------------------------------ */
+
+static int take_seed(struct ksm_member *member, enum ksm_seed seed)
+{
+	int fd = member->seeds_here[seed];
+	return seed_is_good(member, seed, fd) ? fd : -1;
+}
+
+/* By path, if what is there is still the same. */
+static int reopen_rendezvous(struct ksm_member *member)
+{
+	struct ksm_peer *peer = &member->peer;
+	struct ksm_rendezvous rendezvous;
+	if (peer->fds.directory >= 0 && peer->fds.file >= 0)
+		return 0;
+	int r = ksm_rendezvous_open(&member->options, false, &rendezvous);
+	if (r)
+		return r;
+	if (inode_of(rendezvous.directory) != member->inodes[KSM_SEED_DIRECTORY] ||
+	    inode_of(rendezvous.file) != member->inodes[KSM_SEED_FILE]) {
+		ksm_rendezvous_close(&rendezvous);
+		return KSM_ELOST;
+	}
+	ksm_os_close(peer->fds.directory);
+	ksm_os_close(peer->fds.file);
+	peer->fds.directory = rendezvous.directory;
+	peer->fds.file = rendezvous.file;
+	return 0;
+}
+
+/* From another peer. Our own slot is among the living, but nobody listens there yet. */
+static int refetch(struct ksm_member *member)
+{
+	struct ksm_peer *peer = &member->peer;
+	int control, store;
+	if (peer->fds.control >= 0 && peer->fds.store >= 0)
+		return 0;
+	if (ksm_exchange_join(peer->fds.directory, peer->fds.file, 500, &control, &store))
+		return KSM_ELOST;
+	if (inode_of(control) != member->inodes[KSM_SEED_CONTROL] || inode_of(store) != member->inodes[KSM_SEED_STORE]) {
+		ksm_os_close(control);
+		ksm_os_close(store);
+		return KSM_ELOST;
+	}
+	ksm_os_close(peer->fds.control);
+	ksm_os_close(peer->fds.store);
+	peer->fds.control = control;
+	peer->fds.store = store;
+	return 0;
+}
+
+/* The bitmap's descriptor is gone, so newcomers could not get it: move to a new seat with the same bits. */
+static int change_seat(struct ksm_member *member)
+{
+	struct ksm_peer *peer = &member->peer;
+	struct ksm_seat seat, old = peer->seat;
+	int r = ksm_seat_take(peer, false, &seat);
+	if (r)
+		return r;
+	struct ksm_slot *from = peer->self;
+	ksm_merge_lock(peer);
+	ksm_seat_copy_bits(&seat, &old);
+	ksm_peer_sit(peer, &seat);
+	memcpy(peer->self->counters, from->counters, sizeof(from->counters));
+	member->inodes[KSM_SEED_BITMAP] = inode_of(seat.bitmap_fd);
+	ksm_merge_unlock(peer);
+	ksm_fence_seqcst(); /* the new bits stand before the old lock goes */
+	ksm_seat_leave(&old);
+	return 0;
+}
+
+int ksm_member_resume(struct ksm_member *member)
+{
+	struct ksm_peer *peer = &member->peer;
+	if (member->lost)
+		return KSM_ELOST;
+	peer->fds.directory = take_seed(member, KSM_SEED_DIRECTORY);
+	peer->fds.file = take_seed(member, KSM_SEED_FILE);
+	peer->fds.control = take_seed(member, KSM_SEED_CONTROL);
+	peer->fds.store = take_seed(member, KSM_SEED_STORE);
+	peer->fds.pagemap = -1;
+	peer->seat.bitmap_fd = take_seed(member, KSM_SEED_BITMAP);
+	peer->living_known = false;
+	int r = reopen_rendezvous(member);
+	if (!r)
+		r = refetch(member);
+	if (!r && peer->seat.bitmap_fd < 0)
+		r = change_seat(member);
+	int child = take_seed(member, KSM_SEED_CHILD);
+	if (!r && child >= 0) /* so that others can have it from us as long as the child has no scanner */
+		ksm_peer_attach_bitmap(peer, member->child.slot, child);
+	if (!r)
+		r = settle_in(member, take_seed(member, KSM_SEED_UFFD));
+	if (r)
+		ksm_store_relaxed(&peer->self->why_not, r);
+	return r;
+}
+
+/* ---- fork ---------------------------------------------------------------------------------------------- */
+
+int ksm_member_prepare_child(struct ksm_member *member)
+{
+	struct ksm_peer *peer = &member->peer;
+	int *seeds = member->exchange.seeds;
+	int r = ksm_seat_take(peer, true, &member->child);
+	if (r)
+		return r;
+	seeds[KSM_SEED_DIRECTORY] = peer->fds.directory;
+	seeds[KSM_SEED_FILE] = peer->fds.file;
+	seeds[KSM_SEED_CONTROL] = peer->fds.control;
+	seeds[KSM_SEED_STORE] = peer->fds.store;
+	seeds[KSM_SEED_BITMAP] = peer->seat.bitmap_fd;
+	seeds[KSM_SEED_CHILD] = member->child.bitmap_fd;
+	seeds[KSM_SEED_UFFD] = member->scanner.barrier.uffd;
+	member->inodes[KSM_SEED_CHILD] = inode_of(member->child.bitmap_fd);
+	return 0;
+}
+
+void ksm_member_fetch_seeds(struct ksm_member *member)
+{
+	int fds[KSM_OS_FDS_MAX];
+	int directory = open(member->directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+	int n = directory < 0 ? 0 : ksm_exchange_seeds(directory, member->peer.seat.slot, fds);
+	ksm_os_close(directory);
+	for (int i = 0; i < n; i++) {
+		if (i < KSM_SEEDS)
+			member->seeds[i] = fds[i];
+		else
+			ksm_os_close(fds[i]);
+	}
+}
+
+void ksm_member_fork_prepare(struct ksm_member *member)
+{
+	struct ksm_peer *peer = &member->peer;
+	if (member->child.slot == KSM_NO_SLOT) {
+		if (peer->control)
+			ksm_store_release(&peer->control->no_sweep, 1); /* MEMBER-2 */
+		return;
+	}
+	ksm_seat_copy_bits(&member->child, &peer->seat);
+	struct ksm_slot *slot = ksm_peer_slot(peer, member->child.slot);
+	static const enum ksm_counter gauges[] = {KSM_PAGES_MERGED, KSM_PAGES_BROKEN, KSM_PAGES_ZERO,
+						  KSM_FRAMES_REFERRED, KSM_VMAS_USED, KSM_VMA_BUDGET};
+	for (size_t i = 0; i < KSM_COUNT(gauges); i++)
+		ksm_count_set(slot, gauges[i], ksm_counter_of(peer->self, gauges[i]));
+	ksm_fence_seqcst();
+}
+
+/* The scanner's private memory, gone with it (in the child it was never inherited). */
+static void forget_scanner(struct ksm_member *member, bool mapped)
+{
+	struct ksm_scanner *scanner = &member->scanner;
+	if (mapped) {
+		ksm_merger_fini(&scanner->merger);
+		if (scanner->barrier.scratch)
+			munmap(scanner->barrier.scratch, (size_t)KSM_WINDOW_PAGES << KSM_PAGE_SHIFT);
+	}
+	scanner->merger.buffer = NULL;
+	memset(&scanner->barrier, 0, sizeof(scanner->barrier));
+	scanner->barrier.uffd = -1;
+	ksm_exchange_init(&member->exchange);
+	member->peer.fds = (struct ksm_descriptors){-1, -1, -1, -1, -1};
+	member->peer.living_known = false;
+}
+
+void ksm_member_fork_parent(struct ksm_member *member)
+{
+	forget_scanner(member, true);
+	ksm_peer_forget_descriptors(&member->peer, true);
+	member->peer.seat.bitmap_fd = -1;
+	ksm_seat_unmap(&member->child); /* the child's copy of the mapping keeps its lock */
+}
+
+void ksm_member_fork_child(struct ksm_member *member)
+{
+	struct ksm_peer *peer = &member->peer;
+	forget_scanner(member, false);
+	ksm_peer_forget_descriptors(peer, false);
+	ksm_os_close(member->seeds[KSM_SEED_UFFD]); /* it acts on the parent's memory */
+	ksm_os_close(member->seeds[KSM_SEED_BITMAP]);
+	member->seeds[KSM_SEED_UFFD] = -1;
+	member->seeds[KSM_SEED_BITMAP] = member->seeds[KSM_SEED_CHILD];
+	member->inodes[KSM_SEED_BITMAP] = member->inodes[KSM_SEED_CHILD];
+	member->seeds[KSM_SEED_CHILD] = -1;
+	ksm_merge_lock_renew(peer);
+	if (member->child.slot == KSM_NO_SLOT) {
+		member->lost = true;
+		ksm_peer_sit_nowhere(peer);
+		return;
+	}
+	member->child.bitmap_fd = -1;
+	ksm_seat_keep(peer, &member->child);
+	ksm_peer_sit(peer, &member->child);
+	peer->self->pid = (int32_t)getpid();
+	member->child = (struct ksm_seat){.slot = KSM_NO_SLOT, .bitmap_fd = -1};
+}
+
+void ksm_member_drop_seeds(struct ksm_member *member, bool ours)
+{
+	for (int seed = 0; seed < KSM_SEEDS; seed++) {
+		if (ours && seed_is_good(member, seed, member->seeds[seed]))
+			ksm_os_close(member->seeds[seed]);
+		member->seeds[seed] = -1;
+	}
+}

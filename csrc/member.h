@@ -1,0 +1,70 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * member.h: this process's membership in a domain: joining, leaving, and living on through a fork.
+ */
+#ifndef KSM_MEMBER_H
+#define KSM_MEMBER_H
+
+#include "rendezvous.h"
+#include "scan.h"
+
+/* Descriptors that a scanner cannot do without, in the order in which they travel. */
+enum ksm_seed {
+	KSM_SEED_DIRECTORY,
+	KSM_SEED_FILE,
+	KSM_SEED_CONTROL,
+	KSM_SEED_STORE,
+	KSM_SEED_BITMAP, /* the seat's */
+	KSM_SEED_CHILD,  /* the bitmap of the child's seat */
+	KSM_SEED_UFFD,   /* last: it may be missing */
+};
+
+struct ksm_member {
+	/* what was asked for */
+	struct ksm_domain_options options;
+	char name[KSM_NAME_MAX + 1];
+	char base[KSM_PATH_ROOM];
+	/* where we are */
+	char directory[KSM_PATH_ROOM];
+	uint32_t backing;
+	bool joined;
+	bool lost; /* the descriptors are gone and nobody could give them again, or there is no seat */
+	struct ksm_peer peer;
+	struct ksm_index index;
+	struct ksm_exchange exchange;
+	struct ksm_scanner scanner;
+	/* across a fork */
+	uint64_t inodes[KSM_SEEDS];
+	int seeds[KSM_SEEDS];      /* in the program's own table; -1: none */
+	int seeds_here[KSM_SEEDS]; /* the same in the new scanner's table */
+	struct ksm_seat child;
+};
+
+void ksm_member_init(struct ksm_member *member, const struct ksm_domain_options *options);
+
+/* ---- the scanner's thread ------------------------------------------------------------------------------ */
+
+/* Give the thread a descriptor table of its own that holds nothing but the seeds, if any. */
+int ksm_member_own_table(struct ksm_member *member);
+/* Join, creating what is not there. Errors as ksm_domain_attach(). */
+int ksm_member_join(struct ksm_member *member);
+/* A new scanner of a process that has joined: seeds, else the rendezvous and a peer, give the descriptors again. */
+int ksm_member_resume(struct ksm_member *member);
+/* Leave for good. No mapping of a frame is left. */
+void ksm_member_leave(struct ksm_member *member);
+/* Prepare a seat for the child of a fork. */
+int ksm_member_prepare_child(struct ksm_member *member);
+
+/* ---- the forking thread -------------------------------------------------------------------------------- */
+
+/* The scanner still serves: fetch the seeds into the program's table. */
+void ksm_member_fetch_seeds(struct ksm_member *member);
+/* The scanner has ended, the merge lock is held: the child's bits become a copy of ours. */
+void ksm_member_fork_prepare(struct ksm_member *member);
+void ksm_member_fork_parent(struct ksm_member *member);
+void ksm_member_fork_child(struct ksm_member *member);
+/* The new scanner has its own copies: close the program's, those that still are what they were; ours: not the
+ * caller's, as the store of a named object is. */
+void ksm_member_drop_seeds(struct ksm_member *member, bool ours);
+
+#endif

@@ -1,0 +1,481 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * DOC: Merging
+ *
+ * A stretch of pages is handled in steps, each over the whole stretch, so that calls are few and runs stay whole:
+ *
+ *    look      what kind of page is it, was it written, is it cold          (no window)
+ *    find      continue the run on the left, else ask the index, else promote: another peer has such a page
+ *    fetch     bytes of the frames to compare with: pread; or, promoting: copy the page, pwrite, publish
+ *    window    open ▸ compare byte for byte ▸ map or drop ▸ close           (the only place that merges)
+ *
+ * MERGE-1. Only a comparison of all bytes inside a window merges. Everything before it proposes.
+ * MERGE-2. A frame is taken before it is read and put again if its page is not mapped to it after all.
+ * MERGE-3. Frames are written before the window opens; inside it there is no allocation and no lock, only
+ *          compare and map.
+ * MERGE-4. The number of memory mappings that merging costs stays within a budget (a third of what the kernel allows
+ *          the process); the more of it is used, the longer a run must be to be worth one.
+ * MERGE-5. A failing call leaves the page as it was: put back, private, and counted.
+ *
+ * Runs under the merge lock, in the scanner's thread, a stretch at a time.
+ */
+#include "merge.h"
+
+#include "atomic.h"
+#include "dirty.h"
+#include "error.h"
+#include "os.h"
+#include "page.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+
+int ksm_merger_init(struct ksm_merger *merger, struct ksm_peer *peer, struct ksm_index *index,
+		    struct ksm_barrier *barrier)
+{
+	void *buffer;
+	memset(merger, 0, sizeof(*merger));
+	int r = ksm_os_map_table(KSM_STRETCH * KSM_PAGE_SIZE, &buffer);
+	if (r)
+		return r;
+	ksm_os_advise(buffer, KSM_STRETCH * KSM_PAGE_SIZE, MADV_DONTFORK);
+	merger->peer = peer;
+	merger->index = index;
+	merger->barrier = barrier;
+	merger->buffer = buffer;
+	merger->vma_budget = ksm_os_max_map_count() / 3;
+	return 0;
+}
+
+void ksm_merger_fini(struct ksm_merger *merger)
+{
+	if (merger->buffer)
+		munmap(merger->buffer, KSM_STRETCH * KSM_PAGE_SIZE);
+	merger->buffer = NULL;
+}
+
+void ksm_merger_rest(struct ksm_merger *merger)
+{
+	ksm_os_advise(merger->buffer, KSM_STRETCH * KSM_PAGE_SIZE, MADV_DONTNEED);
+}
+
+static char *page_at(const struct ksm_merger *m, size_t i)
+{
+	return ksm_region_page(m->region, m->first + i);
+}
+
+static char *copy_at(const struct ksm_merger *m, size_t i)
+{
+	return m->buffer + i * KSM_PAGE_SIZE;
+}
+
+static void why_not(struct ksm_merger *m, int code)
+{
+	m->counts->why_not = code;
+}
+
+/* ---- look -------------------------------------------------------------------------------------------- */
+
+/* A page that is, or was, mapped to a frame or dropped. Returns whether there is a private page to look at. */
+static bool look_at_merged(struct ksm_merger *m, size_t i, enum ksm_page_state state)
+{
+	ksm_pageno page = m->first + i;
+	uint16_t kind = m->kinds[i];
+	bool private = (kind & KSM_PAGE_SWAPPED) || ((kind & KSM_PAGE_PRESENT) && !(kind & KSM_PAGE_FILE));
+	if (state == KSM_PAGE_MERGED && private) {
+		ksm_region_move(m->region, page, KSM_PAGE_BROKEN, ksm_region_frame(m->region, page));
+		ksm_count(m->peer->self, KSM_COW_BREAKS, 1);
+	}
+	if (state == KSM_PAGE_DROPPED && private && !(kind & KSM_PAGE_SHARED)) {
+		ksm_region_move(m->region, page, KSM_PAGE_UNKNOWN, 0);
+		return true;
+	}
+	return false;
+}
+
+static void look_at_private(struct ksm_merger *m, size_t i)
+{
+	ksm_pageno page = m->first + i;
+	uint16_t kind = m->kinds[i];
+	enum ksm_page_state state = ksm_region_state(m->region, page);
+	if (!(kind & KSM_PAGE_PRESENT) || (kind & (KSM_PAGE_FILE | KSM_PAGE_SHARED))) {
+		if (state != KSM_PAGE_UNKNOWN)
+			ksm_region_unknow(m->region, page);
+		m->counts->skipped += (kind & (KSM_PAGE_SWAPPED | KSM_PAGE_FILE | KSM_PAGE_SHARED)) != 0;
+		return;
+	}
+	uint64_t digest = ksm_page_digest(page_at(m, i));
+	enum ksm_dirty dirty = ksm_dirty_query(m->region, page, digest);
+	m->counts->scanned++;
+	m->digests[i] = digest;
+	if (dirty != KSM_DIRTY_UNWRITTEN) {
+		m->counts->written += dirty == KSM_DIRTY_WRITTEN;
+		if (state != KSM_PAGE_UNKNOWN)
+			ksm_region_unknow(m->region, page);
+		ksm_region_move(m->region, page, KSM_PAGE_SEEN, digest);
+		if (!m->force)
+			return;
+	} else if (state == KSM_PAGE_REFUSED && !m->force) {
+		m->counts->skipped++;
+		return;
+	}
+	m->verdicts[i] = ksm_page_is_zero(page_at(m, i)) ? KSM_MERGE_DROP : KSM_MERGE_LOOK;
+}
+
+static bool look(struct ksm_merger *m)
+{
+	bool any = false;
+	int r = ksm_os_pagemap(m->peer->fds.pagemap, page_at(m, 0), m->count, m->kinds);
+	if (r) {
+		why_not(m, r);
+		return false;
+	}
+	for (size_t i = 0; i < m->count; i++) {
+		enum ksm_page_state state = ksm_region_state(m->region, m->first + i);
+		bool framed = state == KSM_PAGE_MERGED || state == KSM_PAGE_BROKEN || state == KSM_PAGE_DROPPED;
+		if (!framed || look_at_merged(m, i, state))
+			look_at_private(m, i);
+		any |= m->verdicts[i] != KSM_MERGE_LEAVE;
+	}
+	return any;
+}
+
+/* ---- find --------------------------------------------------------------------------------------------- */
+
+/* The frame of the page on the left: merged, or about to be. */
+static ksm_frameno left_frame(const struct ksm_merger *m, size_t i)
+{
+	if (i > 0 && m->verdicts[i - 1] == KSM_MERGE_MAP)
+		return m->targets[i - 1];
+	return m->first + i ? ksm_region_frame(m->region, m->first + i - 1) : KSM_NO_FRAME;
+}
+
+static bool try_promote(struct ksm_merger *m, size_t i)
+{
+	uint64_t digest = m->digests[i];
+	ksm_frameno left = left_frame(m, i), frame;
+	if (!ksm_candidate_claim(m->index, m->peer, digest, page_at(m, i)))
+		return false;
+	frame = ksm_index_take(m->index, m->peer, digest, KSM_NO_FRAME); /* written since we looked? */
+	if (frame != KSM_NO_FRAME) {
+		ksm_candidate_unclaim(m->index, m->peer, digest, page_at(m, i));
+		m->targets[i] = frame;
+		return true;
+	}
+	ksm_frameno want = left != KSM_NO_FRAME ? left + 1 : ksm_region_home(m->region, m->first + i);
+	int r = ksm_frame_alloc(m->peer, want, &frame);
+	if (r) {
+		ksm_candidate_unclaim(m->index, m->peer, digest, page_at(m, i));
+		why_not(m, r);
+		return false;
+	}
+	m->targets[i] = frame;
+	m->promoted[i] = true;
+	return true;
+}
+
+static bool find_target(struct ksm_merger *m, size_t i)
+{
+	uint64_t digest = m->digests[i];
+	ksm_frameno left = left_frame(m, i);
+	ksm_frameno expected = left == KSM_NO_FRAME ? ksm_region_home(m->region, m->first + i) : left + 1;
+	if (expected != KSM_NO_FRAME && expected < m->peer->layout.frames &&
+	    ksm_frame_looks_like(m->peer, expected, digest) && ksm_frame_take(m->peer, expected, 0, 0)) {
+		m->targets[i] = expected;
+		return true;
+	}
+	m->targets[i] = ksm_index_take(m->index, m->peer, digest, expected);
+	if (m->targets[i] != KSM_NO_FRAME)
+		return true;
+	switch (ksm_candidate_find(m->index, m->peer, digest, page_at(m, i))) {
+	case KSM_CANDIDATE_OTHER:
+		return try_promote(m, i);
+	case KSM_CANDIDATE_NONE:
+		ksm_candidate_add(m->index, m->peer, digest, page_at(m, i));
+		/* fall through */
+	case KSM_CANDIDATE_OURS:
+		ksm_region_move(m->region, m->first + i, KSM_PAGE_CANDIDATE, digest);
+		return false;
+	case KSM_CANDIDATE_CLAIMED:
+	default:
+		return false;
+	}
+}
+
+static void find(struct ksm_merger *m)
+{
+	for (size_t i = 0; i < m->count; i++) {
+		if (m->verdicts[i] != KSM_MERGE_LOOK)
+			continue;
+		bool found = find_target(m, i);
+		m->verdicts[i] = found ? KSM_MERGE_MAP : KSM_MERGE_LEAVE;
+		m->counts->unshared += !found;
+	}
+}
+
+/* ---- fetch -------------------------------------------------------------------------------------------- */
+
+/* Give the target of page i back: it will not be mapped. */
+static void let_go(struct ksm_merger *m, size_t i)
+{
+	if (m->promoted[i]) {
+		ksm_frame_abandon(m->peer, m->targets[i]);
+		ksm_candidate_unclaim(m->index, m->peer, m->digests[i], page_at(m, i));
+	} else {
+		ksm_frame_put(m->peer, m->targets[i], 1);
+	}
+	m->promoted[i] = false;
+	m->verdicts[i] = KSM_MERGE_LEAVE;
+}
+
+/* Pages [i, i + n) that all are to be mapped, to consecutive frames, all promoted or none. */
+static size_t run_at(const struct ksm_merger *m, size_t i)
+{
+	size_t n = 0;
+	while (i + n < m->count && m->verdicts[i + n] == KSM_MERGE_MAP && m->promoted[i + n] == m->promoted[i] &&
+	       m->targets[i + n] == m->targets[i] + n)
+		n++;
+	return n;
+}
+
+static void publish(struct ksm_merger *m, size_t i)
+{
+	uint32_t generation = ksm_frame_publish(m->peer, m->targets[i], m->digests[i]);
+	ksm_index_insert(m->index, m->peer, m->digests[i], m->targets[i], generation);
+	ksm_candidate_unclaim(m->index, m->peer, m->digests[i], page_at(m, i));
+	m->promoted[i] = false; /* from here on a frame like any other */
+	m->counts->promoted++;
+	ksm_count(m->peer->self, KSM_PROMOTIONS, 1);
+}
+
+static void write_run(struct ksm_merger *m, size_t i, size_t n)
+{
+	int r = ksm_frame_write(m->peer, m->targets[i], n, copy_at(m, i));
+	for (size_t j = i; j < i + n; j++) {
+		if (r)
+			let_go(m, j);
+		else
+			publish(m, j);
+	}
+	if (r) {
+		why_not(m, r);
+		ksm_count(m->peer->self, KSM_FAILURES, 1);
+	}
+}
+
+static void read_run(struct ksm_merger *m, size_t i, size_t n)
+{
+	int r = ksm_frame_read(m->peer, m->targets[i], n, copy_at(m, i));
+	if (r)
+		ksm_count(m->peer->self, KSM_FAILURES, 1);
+	for (size_t j = i; j < i + n; j++)
+		if (r || !ksm_page_equal(page_at(m, j), copy_at(m, j)))
+			let_go(m, j);
+}
+
+static void fetch(struct ksm_merger *m)
+{
+	bool written[KSM_STRETCH];
+	for (size_t i = 0; i < m->count; i++) {
+		if (m->verdicts[i] != KSM_MERGE_MAP || !m->promoted[i])
+			continue;
+		memcpy(copy_at(m, i), page_at(m, i), KSM_PAGE_SIZE);
+		if (ksm_page_digest(copy_at(m, i)) != m->digests[i])
+			let_go(m, i); /* changed meanwhile */
+	}
+	memcpy(written, m->promoted, sizeof(written));
+	for (size_t i = 0, n; i < m->count; i += n ? n : 1) {
+		n = run_at(m, i);
+		if (n && m->promoted[i])
+			write_run(m, i, n);
+	}
+	for (size_t i = 0, n; i < m->count; i += n ? n : 1) {
+		n = run_at(m, i);
+		for (size_t j = 0; j < n; j++)
+			if (written[i + j] != written[i])
+				n = j; /* the buffer holds what was just written */
+		if (n && !written[i])
+			read_run(m, i, n);
+	}
+}
+
+/* ---- the budget of mappings ------------------------------------------------------------------------------ */
+
+/* The shortest run worth a mapping, the more of the budget is used. */
+static size_t least_run(const struct ksm_merger *m, uint64_t used)
+{
+	if (used < m->vma_budget / 2)
+		return 1;
+	if (used < m->vma_budget / 4 * 3)
+		return 4;
+	return used < m->vma_budget / 8 * 7 ? 16 : KSM_STRETCH;
+}
+
+static void keep_budget(struct ksm_merger *m)
+{
+	uint64_t used = ksm_counter_of(m->peer->self, KSM_VMAS_USED);
+	for (size_t i = 0, n; i < m->count; i += n ? n : 1) {
+		n = run_at(m, i);
+		if (!n)
+			continue;
+		size_t before = ksm_region_boundaries(m->region, m->first + i, n);
+		size_t after = ksm_region_boundaries_if(m->region, m->first + i, n, m->targets[i]);
+		bool costs = after > before;
+		if (costs && (n < least_run(m, used) || used + (after - before) > m->vma_budget)) {
+			for (size_t j = i; j < i + n; j++)
+				let_go(m, j);
+			why_not(m, KSM_EBUDGET);
+		} else if (costs) {
+			used += after - before;
+		}
+	}
+}
+
+/* ---- window --------------------------------------------------------------------------------------------- */
+
+static void became_merged(struct ksm_merger *m, size_t i, size_t n)
+{
+	ksm_pageno page = m->first + i;
+	size_t before = ksm_region_boundaries(m->region, page, n);
+	for (size_t j = i; j < i + n; j++) {
+		if (ksm_region_state(m->region, m->first + j) == KSM_PAGE_CANDIDATE)
+			ksm_candidate_remove(m->index, m->peer, ksm_region_digest(m->region, m->first + j),
+					     page_at(m, j));
+		ksm_region_move(m->region, m->first + j, KSM_PAGE_MERGED, m->targets[j]);
+		m->verdicts[j] = KSM_MERGE_LEAVE;
+	}
+	size_t after = ksm_region_boundaries(m->region, page, n);
+	ksm_count(m->peer->self, KSM_VMAS_USED, (int64_t)after - (int64_t)before);
+	ksm_count(m->peer->self, KSM_MERGES, (int64_t)n);
+	m->counts->merged += n;
+}
+
+static void became_dropped(struct ksm_merger *m, size_t i)
+{
+	if (ksm_region_state(m->region, m->first + i) == KSM_PAGE_CANDIDATE)
+		ksm_region_unknow(m->region, m->first + i);
+	if (ksm_region_state(m->region, m->first + i) == KSM_PAGE_UNKNOWN)
+		ksm_region_move(m->region, m->first + i, KSM_PAGE_SEEN, m->digests[i]);
+	ksm_region_move(m->region, m->first + i, KSM_PAGE_DROPPED, 0);
+	m->verdicts[i] = KSM_MERGE_LEAVE;
+	ksm_count(m->peer->self, KSM_ZERO_MERGES, 1);
+	m->counts->dropped++;
+}
+
+/* Inside the window: MERGE-1. Pages [i, i + n) of the stretch are pages [0, n) of the window. */
+static void decide(struct ksm_merger *m, size_t i, size_t n)
+{
+	const char *view = m->barrier->view;
+	bool equal[KSM_STRETCH];
+	for (size_t j = 0; j < n; j++)
+		equal[j] = m->verdicts[i + j] == KSM_MERGE_DROP
+				   ? ksm_page_is_zero(view + j * KSM_PAGE_SIZE)
+				   : ksm_page_equal(view + j * KSM_PAGE_SIZE, copy_at(m, i + j));
+	for (size_t j = 0, run; j < n; j += run) {
+		run = 1;
+		if (!equal[j])
+			continue;
+		if (m->verdicts[i + j] == KSM_MERGE_DROP) {
+			ksm_window_drop(m->barrier, j, 1);
+			continue;
+		}
+		while (j + run < n && equal[j + run] && m->verdicts[i + j + run] == KSM_MERGE_MAP &&
+		       m->targets[i + j + run] == m->targets[i + j] + run)
+			run++;
+		if (ksm_window_map(m->barrier, j, run, m->peer->fds.store,
+				   (uint64_t)m->targets[i + j] << KSM_PAGE_SHIFT))
+			ksm_count(m->peer->self, KSM_FAILURES, 1);
+	}
+}
+
+static void settle_fates(struct ksm_merger *m, size_t i, size_t n, const uint8_t *fates)
+{
+	for (size_t j = 0, run; j < n; j += run) {
+		run = 1;
+		if (fates[j] == KSM_WINDOW_MAPPED) {
+			while (j + run < n && fates[j + run] == KSM_WINDOW_MAPPED)
+				run++;
+			became_merged(m, i + j, run);
+		} else if (fates[j] == KSM_WINDOW_DROPPED) {
+			became_dropped(m, i + j);
+		} else {
+			if (m->verdicts[i + j] == KSM_MERGE_MAP)
+				let_go(m, i + j);
+			m->verdicts[i + j] = KSM_MERGE_LEAVE;
+			ksm_region_unknow(m->region, m->first + i + j);
+			ksm_count(m->peer->self, KSM_PUT_BACKS, 1);
+		}
+	}
+}
+
+/* The kernel would not open the window at page i. */
+static void refused(struct ksm_merger *m, size_t i, size_t n, int error)
+{
+	size_t affected = error == -EBUSY ? 1 : n;
+	for (size_t j = i; j < i + affected; j++) {
+		if (m->verdicts[j] == KSM_MERGE_MAP)
+			let_go(m, j);
+		m->verdicts[j] = KSM_MERGE_LEAVE;
+		ksm_region_unknow(m->region, m->first + j);
+		if (error == -EBUSY) {
+			ksm_region_move(m->region, m->first + j, KSM_PAGE_SEEN, m->digests[j]);
+			ksm_region_move(m->region, m->first + j, KSM_PAGE_REFUSED, m->digests[j]);
+		}
+	}
+	m->counts->skipped += affected;
+	if (error != -EBUSY) {
+		why_not(m, error);
+		ksm_count(m->peer->self, KSM_FAILURES, 1);
+	}
+}
+
+static void windows(struct ksm_merger *m)
+{
+	uint8_t fates[KSM_STRETCH];
+	for (size_t i = 0; i < m->count;) {
+		size_t n = 0;
+		while (i + n < m->count &&
+		       (m->verdicts[i + n] == KSM_MERGE_MAP || m->verdicts[i + n] == KSM_MERGE_DROP))
+			n++;
+		if (n == 0) {
+			i++;
+			continue;
+		}
+		int r = ksm_window_open(m->barrier, page_at(m, i), n);
+		if (r) {
+			refused(m, i, n, r);
+			i += r == -EBUSY ? 1 : n;
+			continue;
+		}
+		n = m->barrier->pages;
+		decide(m, i, n);
+		memcpy(fates, m->barrier->fate, n);
+		unsigned failures = ksm_window_close(m->barrier);
+		if (failures)
+			ksm_count(m->peer->self, KSM_FAILURES, failures);
+		settle_fates(m, i, n, fates);
+		i += n;
+	}
+}
+
+void ksm_merge_stretch(struct ksm_merger *merger, struct ksm_region *region, ksm_pageno first, size_t count, bool force,
+		       struct ksm_merge_counts *counts)
+{
+	ksm_assert(count <= KSM_STRETCH && first + count <= region->room);
+	merger->region = region;
+	merger->first = first;
+	merger->count = count;
+	merger->force = force;
+	merger->counts = counts;
+	memset(merger->promoted, 0, sizeof(merger->promoted));
+	memset(merger->verdicts, KSM_MERGE_LEAVE, sizeof(merger->verdicts));
+	uint64_t skipped = counts->skipped;
+	if (look(merger) && merger->barrier->ops) {
+		find(merger);
+		keep_budget(merger);
+		fetch(merger);
+		windows(merger);
+	}
+	ksm_count(merger->peer->self, KSM_PAGES_SKIPPED, (int64_t)(counts->skipped - skipped));
+}

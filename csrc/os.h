@@ -1,0 +1,168 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * os.h: every system call of the core. Each returns 0 or a value ≥ 0, or a negative errno; none holds any
+ * policy, none keeps state. In a build with KSM_FAULTS every one of them can be told to fail.
+ *
+ * All are safe from any thread.
+ */
+#ifndef KSM_OS_H
+#define KSM_OS_H
+
+#include "base.h"
+
+#include <pthread.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+
+/* ---- faults on demand -------------------------------------------------------------------------- */
+
+#define KSM_OS_CALLS(X)                                                                                                \
+	X(MAP_ANON) X(MAP_FRAMES) X(MAP_SHARED) X(UNMAP) X(PROTECT) X(ADVISE) X(REMAP)                                 \
+	X(OPEN) X(PREAD) X(PWRITE) X(STAT) X(TRUNCATE) X(PUNCH) X(MEMFD) X(SEAL) X(LOCK) X(UNLINK) X(MKDIR) X(LIST)    \
+	X(UNSHARE_FILES) X(CLOSE_RANGE) X(RANDOM) X(THREAD) X(SIGNALFD) X(POLL)                                        \
+	X(UFFD_OPEN) X(UFFD_REGISTER) X(UFFD_UNREGISTER) X(UFFD_MOVE) X(UFFD_COPY) X(UFFD_WAKE) X(UFFD_PROTECT)        \
+	X(PAGEMAP_SCAN)                                                                                                \
+	X(SOCKET) X(BIND) X(CONNECT) X(ACCEPT) X(SEND) X(RECEIVE)
+
+enum ksm_os_call {
+#define KSM_OS_CALL_ENUM(name) KSM_OS_##name,
+	KSM_OS_CALLS(KSM_OS_CALL_ENUM)
+#undef KSM_OS_CALL_ENUM
+	KSM_OS_CALL_COUNT
+};
+
+#ifdef KSM_FAULTS
+/* Let calls number skip … skip + count - 1 of this kind, from now, return `error` (negative) without being made. */
+void ksm_os_fault_set(enum ksm_os_call call, uint32_t skip, uint32_t count, int error);
+void ksm_os_fault_clear(void);
+/* How often a kind was called since the last clear. */
+uint32_t ksm_os_fault_calls(enum ksm_os_call call);
+const char *ksm_os_call_name(enum ksm_os_call call);
+int ksm_os_fault_(enum ksm_os_call call);
+#define KSM_FAULT(call)                                                                                                \
+	do {                                                                                                           \
+		int fault_ = ksm_os_fault_(KSM_OS_##call);                                                             \
+		if (fault_)                                                                                            \
+			return fault_;                                                                                 \
+	} while (0)
+#else
+#define KSM_FAULT(call) ((void)0)
+#endif
+
+/* ---- memory ------------------------------------------------------------------------------------ */
+
+/* Private anonymous memory. fixed: exactly there, whatever was mapped. reserve: no access, not accounted. */
+int ksm_os_map_anon(void *at, size_t nbytes, bool fixed, bool reserve, void **out);
+/* Private zeroed memory for tables: never huge pages, not in core dumps. */
+int ksm_os_map_table(size_t nbytes, void **out);
+/* How much of [at, at + nbytes) is resident. */
+size_t ksm_os_resident(void *at, size_t nbytes);
+/* Frames of the store over [at, at + nbytes): private, readable, writable. Their order is the file's. */
+int ksm_os_map_frames(void *at, size_t nbytes, int store, uint64_t offset);
+/* A shared mapping of a descriptor. */
+int ksm_os_map_shared(int fd, size_t nbytes, bool writable, void **out);
+int ksm_os_unmap(void *at, size_t nbytes);
+int ksm_os_protect_rw(void *at, size_t nbytes);
+int ksm_os_advise(void *at, size_t nbytes, int advice);
+/* Move [from, from + nbytes) with its pages over [to, to + nbytes). */
+int ksm_os_remap(void *from, void *to, size_t nbytes);
+void ksm_os_name_memory(void *at, size_t nbytes, const char *name);
+
+/* ---- files ------------------------------------------------------------------------------------- */
+
+/* openat(2), never following a link in the last component; close-on-exec. */
+int ksm_os_open(int dirfd, const char *path, int flags, mode_t mode);
+/* A new description of the same file, through /proc; or, where there is no /proc, of dirfd/name if that is it. */
+int ksm_os_reopen(int fd, int dirfd, const char *name);
+/* The same description under a number above standard error's; fd itself is closed. */
+int ksm_os_lift(int fd);
+void ksm_os_close(int fd);
+/* All of it, or an error; a short read at the end of the file is -ENODATA. */
+int ksm_os_pread(int fd, void *to, size_t nbytes, uint64_t offset);
+int ksm_os_pwrite(int fd, const void *from, size_t nbytes, uint64_t offset);
+int ksm_os_stat(int fd, struct stat *out);
+int ksm_os_truncate(int fd, uint64_t nbytes);
+int ksm_os_punch(int fd, uint64_t offset, uint64_t nbytes);
+int ksm_os_memfd(const char *name);
+int ksm_os_seal(int fd, int seals);
+int ksm_os_seals(int fd);
+/* Open file description locks on one byte. try_lock: -EAGAIN if somebody else holds it. */
+int ksm_os_lock_try(int fd, uint64_t byte);
+int ksm_os_unlock(int fd, uint64_t byte);
+/* The first byte in [from, from + nbytes) that another description holds, or -ENOENT. */
+int64_t ksm_os_lock_find(int fd, uint64_t from, uint64_t nbytes);
+int ksm_os_unlink(int dirfd, const char *path, bool directory);
+int ksm_os_mkdir(int dirfd, const char *path, mode_t mode);
+/* Calls each(name, context) for every entry except . and ..; a non-zero return ends it and is returned. */
+int ksm_os_list(int dirfd, int (*each)(const char *name, void *context), void *context);
+
+/* ---- process and time --------------------------------------------------------------------------- */
+
+int ksm_os_unshare_files(void);
+int ksm_os_close_range(unsigned first, unsigned last);
+int ksm_os_random(void *to, size_t nbytes);
+int ksm_os_thread(pthread_t *thread, const pthread_attr_t *attributes, void *(*function)(void *), void *argument);
+int ksm_os_dumpable(void);
+uint64_t ksm_os_memory_bytes(void);
+uint64_t ksm_os_max_map_count(void);
+/* Largest file this process may write without SIGXFSZ. */
+uint64_t ksm_os_file_size_limit(void);
+uint64_t ksm_os_now_ns(void);
+void ksm_os_sleep_ns(uint64_t ns);
+void ksm_os_yield(void);
+/* A descriptor that becomes readable when `signal`, blocked in the calling thread, is sent to it. */
+int ksm_os_signalfd(int signal);
+void ksm_os_signalfd_drain(int fd);
+struct pollfd;
+/* Number of ready descriptors; EINTR counts as none. timeout_ns: UINT64_MAX waits for ever. */
+int ksm_os_poll(struct pollfd *fds, size_t count, uint64_t timeout_ns);
+
+/* ---- pagemap -------------------------------------------------------------------------------------- */
+
+enum ksm_page_kind { /* categories of PAGEMAP_SCAN, same bits */
+	KSM_PAGE_FILE = 1 << 2,
+	KSM_PAGE_PRESENT = 1 << 3,
+	KSM_PAGE_SWAPPED = 1 << 4,
+	KSM_PAGE_ZERO = 1 << 5, /* the kernel's page of zeros */
+	KSM_PAGE_HUGE = 1 << 6,
+	KSM_PAGE_SHARED = 1 << 15, /* present, anonymous and mapped by another process too */
+};
+
+/* The kind of each of `npages` pages from `at` into kinds[]. fd: /proc/self/pagemap. npages ≤ 512. */
+int ksm_os_pagemap(int fd, const void *at, size_t npages, uint16_t *kinds);
+
+/* ---- userfaultfd ----------------------------------------------------------------------------------- */
+
+#define KSM_UFFD_MISSING 1u
+#define KSM_UFFD_PROTECT 2u
+
+/* Features a descriptor must have; see userfaultfd(2). */
+#define KSM_UFFD_FEATURE_MOVE (1ull << 16)
+#define KSM_UFFD_FEATURE_PROTECT_FILES (1ull << 12)
+
+/* Through /dev/userfaultfd, else the system call; with kernel faults. -EPERM/-EACCES: not allowed; -EINVAL: too old. */
+int ksm_os_uffd_open(uint64_t features);
+int ksm_os_uffd_register(int uffd, void *at, size_t nbytes, unsigned modes);
+int ksm_os_uffd_unregister(int uffd, void *at, size_t nbytes);
+/* Move pages from `from` to `to`. Returns bytes moved (maybe short), or a negative errno if none was. */
+int64_t ksm_os_uffd_move(int uffd, void *to, void *from, size_t nbytes);
+int64_t ksm_os_uffd_copy(int uffd, void *to, const void *from, size_t nbytes);
+int ksm_os_uffd_wake(int uffd, void *at, size_t nbytes);
+int ksm_os_uffd_protect(int uffd, void *at, size_t nbytes, bool on);
+
+/* ---- sockets -------------------------------------------------------------------------------------- */
+
+#define KSM_OS_FDS_MAX 8
+
+/* SOCK_SEQPACKET, close-on-exec, non-blocking; the path is relative to dirfd. */
+int ksm_os_listen(int dirfd, const char *name);
+int ksm_os_connect(int dirfd, const char *name);
+int ksm_os_accept(int fd);
+/* One message with up to KSM_OS_FDS_MAX descriptors. Receiving truncates nothing silently (-EMSGSIZE). */
+int ksm_os_send(int fd, const void *message, size_t nbytes, const int *fds, size_t nfds);
+/* Returns the size; *nfds is room on entry, count on return. 0: the other side has closed. */
+int ksm_os_receive(int fd, void *message, size_t room, int *fds, size_t *nfds);
+/* The user at the other end when it connected. */
+int ksm_os_peer_uid(int fd, uid_t *uid, pid_t *pid);
+
+#endif

@@ -1,0 +1,139 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * DOC: userfaultfd and pagemap
+ *
+ * The calls behind the windows. Debian 12's headers end at Linux 6.1, so what came later (UFFDIO_MOVE in
+ * 6.8, PAGEMAP_SCAN in 6.7) is declared here. A kernel without them answers EINVAL or ENOTTY, which caps.c
+ * turns into a reason for people.
+ */
+#include "os.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#ifndef USERFAULTFD_IOC_NEW
+#define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
+#endif
+#ifndef UFFDIO_MOVE
+struct uffdio_move {
+	uint64_t dst, src, len, mode;
+	int64_t move;
+};
+#define UFFDIO_MOVE _IOWR(UFFDIO, 0x05, struct uffdio_move)
+#endif
+#ifndef PAGEMAP_SCAN
+struct page_region {
+	uint64_t start, end, categories;
+};
+struct pm_scan_arg {
+	uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+	uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
+};
+#define PAGEMAP_SCAN _IOWR('f', 16, struct pm_scan_arg)
+#endif
+
+int ksm_os_uffd_open(uint64_t features)
+{
+	KSM_FAULT(UFFD_OPEN);
+	int error = -EPERM, uffd = -1;
+	int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+	if (device >= 0) {
+		uffd = ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+		error = uffd < 0 ? -errno : 0;
+		close(device);
+	}
+	if (uffd < 0) {
+		uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+		error = uffd < 0 ? -errno : 0;
+	}
+	if (uffd < 0)
+		return error;
+	struct uffdio_api api = {.api = UFFD_API, .features = features};
+	if (ioctl(uffd, UFFDIO_API, &api)) {
+		error = -errno;
+		close(uffd);
+		return error;
+	}
+	return uffd;
+}
+
+int ksm_os_uffd_register(int uffd, void *at, size_t nbytes, unsigned modes)
+{
+	KSM_FAULT(UFFD_REGISTER);
+	struct uffdio_register request = {.range = {(uintptr_t)at, nbytes}, .mode = modes};
+	return ioctl(uffd, UFFDIO_REGISTER, &request) ? -errno : 0;
+}
+
+int ksm_os_uffd_unregister(int uffd, void *at, size_t nbytes)
+{
+	KSM_FAULT(UFFD_UNREGISTER);
+	struct uffdio_range range = {(uintptr_t)at, nbytes};
+	return ioctl(uffd, UFFDIO_UNREGISTER, &range) ? -errno : 0;
+}
+
+int64_t ksm_os_uffd_move(int uffd, void *to, void *from, size_t nbytes)
+{
+	KSM_FAULT(UFFD_MOVE);
+	struct uffdio_move request = {.dst = (uintptr_t)to, .src = (uintptr_t)from, .len = nbytes};
+	if (!ioctl(uffd, UFFDIO_MOVE, &request))
+		return (int64_t)nbytes;
+	int error = -errno;
+	return request.move > 0 ? request.move : error;
+}
+
+int64_t ksm_os_uffd_copy(int uffd, void *to, const void *from, size_t nbytes)
+{
+	KSM_FAULT(UFFD_COPY);
+	struct uffdio_copy request = {
+		.dst = (uintptr_t)to, .src = (uintptr_t)from, .len = nbytes, .mode = UFFDIO_COPY_MODE_DONTWAKE};
+	if (!ioctl(uffd, UFFDIO_COPY, &request))
+		return (int64_t)nbytes;
+	int error = -errno;
+	return request.copy > 0 ? request.copy : error;
+}
+
+int ksm_os_uffd_wake(int uffd, void *at, size_t nbytes)
+{
+	KSM_FAULT(UFFD_WAKE);
+	struct uffdio_range range = {(uintptr_t)at, nbytes};
+	return ioctl(uffd, UFFDIO_WAKE, &range) ? -errno : 0;
+}
+
+int ksm_os_uffd_protect(int uffd, void *at, size_t nbytes, bool on)
+{
+	KSM_FAULT(UFFD_PROTECT);
+	struct uffdio_writeprotect request = {
+		.range = {(uintptr_t)at, nbytes},
+		.mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : UFFDIO_WRITEPROTECT_MODE_DONTWAKE};
+	return ioctl(uffd, UFFDIO_WRITEPROTECT, &request) ? -errno : 0;
+}
+
+#define PAGEMAP_MOST 512
+
+int ksm_os_pagemap(int fd, const void *at, size_t npages, uint16_t *kinds)
+{
+	KSM_FAULT(PAGEMAP_SCAN);
+	uint64_t entries[PAGEMAP_MOST];
+	if (npages > PAGEMAP_MOST)
+		return -EINVAL;
+	off_t offset = (off_t)((uintptr_t)at >> KSM_PAGE_SHIFT) * (off_t)sizeof(uint64_t);
+	ssize_t n = pread(fd, entries, npages * sizeof(uint64_t), offset);
+	if (n < 0)
+		return -errno;
+	if ((size_t)n != npages * sizeof(uint64_t))
+		return -ENODATA;
+	/* Bits of Documentation/admin-guide/mm/pagemap.rst. They do not tell the page of zeros from any other. */
+	for (size_t i = 0; i < npages; i++) {
+		uint64_t entry = entries[i];
+		bool present = entry >> 63 & 1, file = entry >> 61 & 1;
+		kinds[i] = (uint16_t)((present ? KSM_PAGE_PRESENT : 0) | (file ? KSM_PAGE_FILE : 0) |
+				      (entry >> 62 & 1 ? KSM_PAGE_SWAPPED : 0) |
+				      (present && !file && !(entry >> 56 & 1) ? KSM_PAGE_SHARED : 0));
+	}
+	return 0;
+}

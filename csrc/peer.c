@@ -1,0 +1,515 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * DOC: Peers
+ *
+ * This file owns a process's seat in a domain (slot, liveness lock, bitmap) and its view of the others.
+ *
+ * A peer is alive exactly as long as somebody holds the lock on its slot's byte of the domain file. The lock is
+ * an open file description's, and the description is kept by a mapping, not by a descriptor: it survives a
+ * program that closes everything, is not inherited by fork (MADV_DONTFORK), and goes with death and exec,
+ * after the last of the process's threads has left user space. Pids are for people.
+ *
+ *    A's bitmap   0 1 1 0 0 1 …   written by A only, sealed: others can map it for reading at most
+ *    B's bitmap   0 1 0 0 0 0 …
+ *    in use  =    0 1 1 0 0 1 …   the OR over the living: there is no shared count that a death could corrupt
+ *
+ * REFS-1. Bit f of a peer's bitmap is set before any of its mappings refers to frame f, and cleared only when no
+ *         page of the process is mapped to f (counts[f] = 0). A page broken by a write still counts: its
+ *         mapping still refers to the frame.
+ * REFS-2. Bits, counts and mappings of frames change under the merge lock only.
+ * REFS-3. The peer epoch is raised after the liveness lock is held and before the first bit is set: a sweep that
+ *         did not list this peer sees the epoch move, and undoes.
+ * REFS-4. bitmap.high is raised before a bit above it is set; readers take what lies beyond for zeros (reading a
+ *         hole of a memory file would allocate it).
+ * REFS-5. A bitmap that is not at hand counts as all ones: nothing is freed and nothing allocated until it is.
+ *
+ * What others wrote is never trusted: slot numbers and epochs are bounded, bitmaps are believed only as far as
+ * their own sealed header and the lock table of the kernel go.
+ */
+#include "peer.h"
+
+#include "atomic.h"
+#include "error.h"
+#include "os.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define SEALS_SIZE (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
+#ifndef F_SEAL_FUTURE_WRITE
+#define F_SEAL_FUTURE_WRITE 0x0010
+#endif
+
+/* ---- the merge lock ------------------------------------------------------------------------------ */
+
+void ksm_merge_lock(struct ksm_peer *peer)
+{
+	pthread_mutex_lock(&peer->merge_next);
+	pthread_mutex_lock(&peer->merge_mutex);
+	pthread_mutex_unlock(&peer->merge_next);
+}
+
+void ksm_merge_unlock(struct ksm_peer *peer)
+{
+	pthread_mutex_unlock(&peer->merge_mutex);
+}
+
+void ksm_merge_lock_renew(struct ksm_peer *peer)
+{
+	pthread_mutex_init(&peer->merge_mutex, NULL);
+	pthread_mutex_init(&peer->merge_next, NULL);
+}
+
+void ksm_peer_init(struct ksm_peer *peer)
+{
+	memset(peer, 0, sizeof(*peer));
+	peer->fds = (struct ksm_descriptors){-1, -1, -1, -1, -1};
+	peer->seat.slot = KSM_NO_SLOT;
+	peer->seat.bitmap_fd = -1;
+	for (size_t i = 0; i < KSM_PEERS_MAX; i++)
+		peer->others[i].fd = -1;
+	ksm_merge_lock_renew(peer);
+}
+
+/* ---- the control memfd --------------------------------------------------------------------------- */
+
+static void place(struct ksm_peer *peer, void *map)
+{
+	char *base = map;
+	peer->control = map;
+	peer->chunks = (uint64_t *)(base + peer->layout.chunks);
+	peer->cells = (uint64_t *)(base + peer->layout.cells);
+	peer->checks = (uint32_t *)(base + peer->layout.checks);
+}
+
+static int map_counts(struct ksm_peer *peer)
+{
+	void *counts;
+	int r = ksm_os_map_table(ksm_page_round_up(peer->layout.frames * sizeof(uint16_t)), &counts);
+	if (!r)
+		peer->counts = counts;
+	return r;
+}
+
+static int map_all(struct ksm_peer *peer, int control)
+{
+	void *map;
+	int r = ksm_os_map_shared(control, peer->layout.total, true, &map);
+	if (r)
+		return r;
+	ksm_os_advise(map, peer->layout.total, MADV_DONTDUMP);
+	place(peer, map);
+	r = map_counts(peer);
+	if (r) {
+		ksm_os_unmap(map, peer->layout.total);
+		peer->control = NULL;
+	}
+	return r;
+}
+
+int ksm_peer_create_control(struct ksm_peer *peer, int control, uint64_t frames, uint32_t backing,
+			    const uint8_t id[16])
+{
+	ksm_layout_compute(frames, &peer->layout);
+	int r = ksm_os_truncate(control, peer->layout.total);
+	if (!r)
+		r = ksm_os_seal(control, SEALS_SIZE);
+	if (!r)
+		r = map_all(peer, control);
+	if (r)
+		return r;
+	struct ksm_control *c = peer->control;
+	c->magic = KSM_MAGIC;
+	c->version = KSM_LAYOUT_VERSION;
+	c->layout = ksm_layout_hash();
+	memcpy(c->id, id, sizeof(c->id));
+	c->frames = frames;
+	c->backing = backing;
+	c->index_levels = c->candidate_levels = 1;
+	c->changes = c->settle_seq = 1; /* a peer that has not looked yet says 0 */
+	peer->fds.control = control;
+	return 0;
+}
+
+int ksm_peer_map_control(struct ksm_peer *peer, int control)
+{
+	struct ksm_control head;
+	struct stat stat;
+	int r = ksm_os_pread(control, &head, sizeof(head), 0);
+	if (!r)
+		r = ksm_os_stat(control, &stat);
+	if (r)
+		return r;
+	if (head.magic != KSM_MAGIC)
+		return KSM_ECORRUPT;
+	if (head.version != KSM_LAYOUT_VERSION || head.layout != ksm_layout_hash())
+		return KSM_ELAYOUT;
+	if (head.frames == 0 || head.frames >= KSM_NO_FRAME || (ksm_os_seals(control) & SEALS_SIZE) != SEALS_SIZE)
+		return KSM_ECORRUPT;
+	ksm_layout_compute(head.frames, &peer->layout);
+	if ((uint64_t)stat.st_size != peer->layout.total)
+		return KSM_ECORRUPT;
+	r = map_all(peer, control);
+	if (!r)
+		peer->fds.control = control;
+	return r;
+}
+
+struct ksm_slot *ksm_peer_slot(const struct ksm_peer *peer, ksm_slotno slot)
+{
+	if (slot >= KSM_PEERS_MAX)
+		return NULL;
+	return (struct ksm_slot *)((char *)peer->control + peer->layout.slots + (size_t)slot * KSM_SLOT_SIZE);
+}
+
+/* ---- seats ---------------------------------------------------------------------------------------- */
+
+static size_t bitmap_bytes(uint64_t frames)
+{
+	return KSM_BITMAP_BITS_OFFSET + ksm_page_round_up((frames + 63) / 64 * 8);
+}
+
+static int lock_some_slot(struct ksm_peer *peer, int file, ksm_slotno *out)
+{
+	for (ksm_slotno slot = 0; slot < KSM_PEERS_MAX; slot++) {
+		int r = ksm_os_lock_try(file, KSM_LOCK_LIVENESS + slot);
+		if (!r) {
+			*out = slot;
+			return 0;
+		}
+		if (r != -EAGAIN)
+			return r;
+	}
+	(void)peer;
+	return KSM_EPEERS;
+}
+
+static int make_bitmap(struct ksm_peer *peer, struct ksm_seat *seat)
+{
+	size_t nbytes = bitmap_bytes(peer->layout.frames);
+	void *map;
+	int fd = ksm_os_memfd("ksmalloc bitmap");
+	int r = fd < 0 ? fd : ksm_os_truncate(fd, nbytes);
+	if (!r)
+		r = ksm_os_map_shared(fd, nbytes, true, &map);
+	if (r) {
+		ksm_os_close(fd);
+		return r;
+	}
+	seat->bitmap = map;
+	seat->bits = (uint64_t *)((char *)map + KSM_BITMAP_BITS_OFFSET);
+	seat->bitmap->magic = KSM_MAGIC;
+	memcpy(seat->bitmap->id, peer->control->id, sizeof(seat->bitmap->id));
+	seat->bitmap->slot = seat->slot;
+	seat->bitmap->slot_epoch = seat->epoch;
+	seat->bitmap->frames = peer->layout.frames;
+	ksm_os_advise(map, nbytes, MADV_DONTDUMP);
+	r = ksm_os_seal(fd, SEALS_SIZE | F_SEAL_FUTURE_WRITE);
+	if (r) {
+		ksm_os_unmap(map, nbytes);
+		ksm_os_close(fd);
+		return r;
+	}
+	seat->bitmap_fd = fd;
+	return 0;
+}
+
+/* What the slot says belongs to whoever sat there before, dead now: start afresh under its lock. */
+static void occupy_slot(struct ksm_peer *peer, struct ksm_seat *seat)
+{
+	struct ksm_slot *slot = ksm_peer_slot(peer, seat->slot);
+	seat->epoch = ksm_load_relaxed(&slot->epoch) + 1;
+	if (seat->epoch > 1)
+		ksm_chunk_mark_all(peer);
+	memset((char *)slot + sizeof(slot->epoch), 0, sizeof(*slot) - sizeof(slot->epoch));
+	slot->pid = (int32_t)getpid();
+	ksm_store_release(&slot->epoch, seat->epoch);
+	ksm_add_seqcst(&peer->control->peer_epoch, 1); /* REFS-3 */
+}
+
+int ksm_seat_take(struct ksm_peer *peer, bool inherit, struct ksm_seat *out)
+{
+	struct ksm_seat seat = {.slot = KSM_NO_SLOT, .bitmap_fd = -1};
+	int file = ksm_os_reopen(peer->fds.file, peer->fds.directory, "domain");
+	int r = file < 0 ? file : lock_some_slot(peer, file, &seat.slot);
+	if (!r)
+		r = ksm_os_map_shared(file, KSM_PAGE_SIZE, false, &seat.lock_page);
+	if (!r && !inherit)
+		r = ksm_os_advise(seat.lock_page, KSM_PAGE_SIZE, MADV_DONTFORK);
+	ksm_os_close(file); /* the mapping keeps the description, and with it the lock */
+	if (!r) {
+		occupy_slot(peer, &seat);
+		r = make_bitmap(peer, &seat);
+	}
+	if (!r && !inherit)
+		r = ksm_os_advise(seat.bitmap, bitmap_bytes(peer->layout.frames), MADV_DONTFORK);
+	if (r) {
+		ksm_seat_leave(&seat);
+		return r;
+	}
+	*out = seat;
+	return 0;
+}
+
+void ksm_seat_leave(struct ksm_seat *seat)
+{
+	if (seat->bitmap)
+		munmap(seat->bitmap, bitmap_bytes(seat->bitmap->frames));
+	ksm_os_close(seat->bitmap_fd);
+	if (seat->lock_page)
+		munmap(seat->lock_page, KSM_PAGE_SIZE);
+	*seat = (struct ksm_seat){.slot = KSM_NO_SLOT, .bitmap_fd = -1};
+}
+
+void ksm_seat_copy_bits(struct ksm_seat *to, const struct ksm_seat *from)
+{
+	uint64_t high = ksm_load_acquire(&from->bitmap->high);
+	ksm_store_release(&to->bitmap->high, high);
+	for (uint64_t word = 0; word < (high + 63) / 64; word++)
+		if (from->bits[word])
+			ksm_store_release(&to->bits[word], from->bits[word]);
+}
+
+void ksm_seat_unmap(struct ksm_seat *seat)
+{
+	ksm_slotno slot = seat->slot;
+	seat->bitmap_fd = -1; /* its number means something else in this table */
+	ksm_seat_leave(seat);
+	seat->slot = slot; /* for whoever looks for its bitmap */
+}
+
+void ksm_seat_keep(struct ksm_peer *peer, struct ksm_seat *seat)
+{
+	madvise(seat->lock_page, KSM_PAGE_SIZE, MADV_DONTFORK);
+	madvise(seat->bitmap, bitmap_bytes(peer->layout.frames), MADV_DONTFORK);
+}
+
+void ksm_peer_forget_descriptors(struct ksm_peer *peer, bool mappings_stay)
+{
+	for (size_t i = 0; i < KSM_PEERS_MAX; i++) {
+		peer->others[i].fd = -1;
+		if (!mappings_stay)
+			peer->others[i] = (struct ksm_other){.fd = -1};
+	}
+}
+
+void ksm_peer_sit_nowhere(struct ksm_peer *peer)
+{
+	void *bitmap, *slot;
+	if (ksm_os_map_table(bitmap_bytes(peer->layout.frames), &bitmap) ||
+	    ksm_os_map_table(ksm_page_round_up(sizeof(struct ksm_slot)), &slot))
+		ksm_panic(__FILE__, __LINE__, "no memory for a process that has no seat");
+	peer->seat = (struct ksm_seat){.slot = KSM_NO_SLOT, .bitmap_fd = -1, .bitmap = bitmap};
+	peer->seat.bits = (uint64_t *)((char *)bitmap + KSM_BITMAP_BITS_OFFSET);
+	peer->seat.bitmap->frames = peer->seat.bitmap->high = peer->layout.frames;
+	peer->self = slot;
+}
+
+void ksm_peer_sit(struct ksm_peer *peer, const struct ksm_seat *seat)
+{
+	peer->seat = *seat;
+	peer->self = ksm_peer_slot(peer, seat->slot);
+}
+
+/* ---- the others ---------------------------------------------------------------------------------- */
+
+static void forget(struct ksm_peer *peer, ksm_slotno slot, bool dead)
+{
+	struct ksm_other *other = &peer->others[slot];
+	if (!other->bitmap)
+		return;
+	uint64_t high = KSM_MIN(ksm_load_acquire(&other->bitmap->high), peer->layout.frames);
+	for (uint64_t frame = 0; dead && frame < high; frame += 64)
+		if (other->bits[frame / 64])
+			ksm_chunk_mark(peer, (ksm_frameno)frame);
+	munmap((void *)other->bitmap, bitmap_bytes(peer->layout.frames));
+	ksm_os_close(other->fd);
+	*other = (struct ksm_other){.fd = -1};
+}
+
+void ksm_peer_destroy(struct ksm_peer *peer)
+{
+	if (peer->control)
+		for (ksm_slotno slot = 0; slot < KSM_PEERS_MAX; slot++)
+			forget(peer, slot, false);
+	ksm_seat_leave(&peer->seat);
+	if (peer->counts)
+		munmap(peer->counts, ksm_page_round_up(peer->layout.frames * sizeof(uint16_t)));
+	if (peer->control)
+		munmap(peer->control, peer->layout.total);
+	int *fds = (int *)&peer->fds;
+	for (size_t i = 0; i < sizeof(peer->fds) / sizeof(int); i++)
+		ksm_os_close(fds[i]);
+	ksm_peer_init(peer);
+}
+
+int ksm_peer_count(const struct ksm_peer *peer)
+{
+	int count = 0;
+	for (uint64_t from = 0; from < KSM_PEERS_MAX; count++) {
+		int64_t at = ksm_os_lock_find(peer->fds.file, KSM_LOCK_LIVENESS + from, KSM_PEERS_MAX - from);
+		if (at == -ENOENT)
+			break;
+		if (at < 0)
+			return (int)at;
+		from = (uint64_t)at - KSM_LOCK_LIVENESS + 1;
+	}
+	return count;
+}
+
+static bool at_hand(const struct ksm_peer *peer, ksm_slotno slot)
+{
+	const struct ksm_other *other = &peer->others[slot];
+	return slot == peer->seat.slot ||
+	       (other->bitmap && other->epoch == ksm_load_acquire(&ksm_peer_slot(peer, slot)->epoch));
+}
+
+int ksm_peer_refresh(struct ksm_peer *peer)
+{
+	bool alive[KSM_PEERS_MAX] = {false};
+	peer->living_known = false;
+	peer->living_count = 0;
+	peer->missing = KSM_NO_SLOT;
+	peer->living_epoch = ksm_load_seqcst(&peer->control->peer_epoch); /* before the list: REFS-3 */
+	for (uint64_t from = 0; from < KSM_PEERS_MAX;) {
+		int64_t at = ksm_os_lock_find(peer->fds.file, KSM_LOCK_LIVENESS + from, KSM_PEERS_MAX - from);
+		if (at == -ENOENT)
+			break;
+		if (at < 0)
+			return (int)at;
+		ksm_slotno slot = (ksm_slotno)((uint64_t)at - KSM_LOCK_LIVENESS);
+		from = slot + 1u;
+		alive[slot] = true;
+		peer->living[peer->living_count++] = slot;
+		if (!at_hand(peer, slot)) {
+			forget(peer, slot, true); /* another incarnation's */
+			peer->missing = slot;
+		}
+	}
+	for (ksm_slotno slot = 0; slot < KSM_PEERS_MAX; slot++)
+		if (!alive[slot])
+			forget(peer, slot, true);
+	peer->living_known = peer->missing == KSM_NO_SLOT;
+	return peer->living_known ? 0 : -EAGAIN;
+}
+
+int ksm_peer_refresh_if_changed(struct ksm_peer *peer)
+{
+	if (peer->living_known && ksm_load_seqcst(&peer->control->peer_epoch) == peer->living_epoch)
+		return 0;
+	return ksm_peer_refresh(peer);
+}
+
+bool ksm_peer_is_living(const struct ksm_peer *peer, ksm_slotno slot, uint32_t epoch)
+{
+	for (size_t i = 0; i < peer->living_count; i++)
+		if (peer->living[i] == slot)
+			return ((ksm_load_acquire(&ksm_peer_slot(peer, slot)->epoch) ^ epoch) & KSM_CELL_EPOCH_MASK) == 0;
+	return false;
+}
+
+int ksm_peer_attach_bitmap(struct ksm_peer *peer, ksm_slotno slot, int fd)
+{
+	int required = F_SEAL_FUTURE_WRITE | F_SEAL_SHRINK | F_SEAL_GROW;
+	size_t nbytes = bitmap_bytes(peer->layout.frames);
+	struct stat stat;
+	void *map;
+	int r = ksm_os_stat(fd, &stat);
+	if (!r && (slot >= KSM_PEERS_MAX || (uint64_t)stat.st_size != nbytes || (ksm_os_seals(fd) & required) != required))
+		r = KSM_ECORRUPT;
+	if (!r)
+		r = ksm_os_map_shared(fd, nbytes, false, &map);
+	if (r) {
+		ksm_os_close(fd);
+		return r;
+	}
+	const struct ksm_bitmap *bitmap = map;
+	if (bitmap->magic != KSM_MAGIC || bitmap->slot != slot || bitmap->frames != peer->layout.frames ||
+	    memcmp(bitmap->id, peer->control->id, sizeof(bitmap->id))) {
+		munmap(map, nbytes);
+		ksm_os_close(fd);
+		return KSM_ECORRUPT;
+	}
+	ksm_os_advise(map, nbytes, MADV_DONTFORK);
+	ksm_os_advise(map, nbytes, MADV_DONTDUMP);
+	forget(peer, slot, false);
+	peer->others[slot] = (struct ksm_other){
+		.bitmap = bitmap,
+		.bits = (const uint64_t *)((const char *)map + KSM_BITMAP_BITS_OFFSET),
+		.epoch = bitmap->slot_epoch,
+		.fd = fd,
+	};
+	return 0;
+}
+
+/* ---- bits ------------------------------------------------------------------------------------------ */
+
+void ksm_bit_set(struct ksm_peer *peer, ksm_frameno frame)
+{
+	ksm_ensure(frame < peer->layout.frames);
+	ksm_raise_release(&peer->seat.bitmap->high, (uint64_t)frame + 1); /* REFS-4 */
+	ksm_or_release(&peer->seat.bits[frame / 64], 1ull << (frame % 64));
+}
+
+void ksm_bit_clear(struct ksm_peer *peer, ksm_frameno frame)
+{
+	ksm_ensure(frame < peer->layout.frames && peer->counts[frame] == 0); /* REFS-1 */
+	ksm_and_release(&peer->seat.bits[frame / 64], ~(1ull << (frame % 64)));
+}
+
+bool ksm_bit_test(const struct ksm_peer *peer, ksm_frameno frame)
+{
+	return frame < ksm_load_relaxed(&peer->seat.bitmap->high) &&
+	       (ksm_load_relaxed(&peer->seat.bits[frame / 64]) >> (frame % 64) & 1);
+}
+
+uint64_t ksm_bits_of_all(const struct ksm_peer *peer, ksm_frameno frame)
+{
+	uint64_t any = 0;
+	for (size_t i = 0; i < peer->living_count; i++) {
+		ksm_slotno slot = peer->living[i];
+		const struct ksm_bitmap *bitmap =
+			slot == peer->seat.slot ? peer->seat.bitmap : peer->others[slot].bitmap;
+		const uint64_t *bits = slot == peer->seat.slot ? peer->seat.bits : peer->others[slot].bits;
+		if (!bitmap)
+			return UINT64_MAX; /* REFS-5 */
+		if (frame < KSM_MIN(ksm_load_acquire(&bitmap->high), peer->layout.frames))
+			any |= ksm_load_acquire(&bits[frame / 64]);
+	}
+	return any;
+}
+
+/* ---- chunks ---------------------------------------------------------------------------------------- */
+
+void ksm_chunk_mark(struct ksm_peer *peer, ksm_frameno frame)
+{
+	uint64_t chunk = frame >> KSM_CHUNK_SHIFT;
+	/* Always the full operation: a mark seen and kept back could be taken away by a sweep that read our bit before. */
+	ksm_or_seqcst(&peer->chunks[chunk / 64], 1ull << (chunk % 64));
+}
+
+void ksm_chunk_mark_all(struct ksm_peer *peer)
+{
+	uint64_t high = KSM_MIN(ksm_load_acquire(&peer->control->frames_high), peer->layout.frames);
+	for (uint64_t frame = 0; frame < high; frame += KSM_CHUNK)
+		ksm_chunk_mark(peer, (ksm_frameno)frame);
+}
+
+bool ksm_chunk_unmark(struct ksm_peer *peer, uint64_t chunk)
+{
+	uint64_t bit = 1ull << (chunk % 64);
+	return (ksm_load_relaxed(&peer->chunks[chunk / 64]) & bit) &&
+	       (ksm_and_seqcst(&peer->chunks[chunk / 64], ~bit) & bit);
+}
+
+bool ksm_chunks_any(const struct ksm_peer *peer)
+{
+	uint64_t high = KSM_MIN(ksm_load_acquire(&peer->control->frames_high), peer->layout.frames);
+	for (uint64_t chunk = 0; chunk < (high + KSM_CHUNK - 1) / KSM_CHUNK; chunk += 64)
+		if (ksm_load_relaxed(&peer->chunks[chunk / 64]))
+			return true;
+	return false;
+}

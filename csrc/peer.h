@@ -1,0 +1,135 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * peer.h: this process as a peer of one domain: its seat, its bitmap, and what it knows of the others'.
+ */
+#ifndef KSM_PEER_H
+#define KSM_PEER_H
+
+#include "layout.h"
+#include "stats.h"
+
+#include <pthread.h>
+
+/*
+ * A place in the domain: a slot, whose liveness lock is held by a description that only `lock_page` keeps, and a
+ * bitmap. The process's own, or one prepared for the child of a fork.
+ */
+struct ksm_seat {
+	ksm_slotno slot;
+	uint32_t epoch;
+	void *lock_page;
+	int bitmap_fd;
+	struct ksm_bitmap *bitmap;
+	uint64_t *bits;
+};
+
+/* What we know of another peer. */
+struct ksm_other {
+	const struct ksm_bitmap *bitmap; /* NULL: we do not have it */
+	const uint64_t *bits;
+	uint32_t epoch; /* of the incarnation the bitmap belongs to */
+	int fd;         /* to hand on to others; -1: none */
+};
+
+/* All lie in the scanner's own descriptor table; -1: none. */
+struct ksm_descriptors {
+	int directory; /* the rendezvous */
+	int file;      /* the domain file, for locks on behalf of nobody and for settings */
+	int control;
+	int store;
+	int pagemap;
+};
+
+struct ksm_peer {
+	struct ksm_descriptors fds;
+	struct ksm_layout layout;
+	struct ksm_control *control;
+	uint64_t *chunks;        /* dirty chunks, in shared memory */
+	uint64_t *cells;         /* in shared memory */
+	uint32_t *checks;        /* in shared memory */
+	struct ksm_seat seat;
+	struct ksm_slot *self;   /* our slot, in shared memory */
+	uint16_t *counts;        /* private: pages of ours mapped to each frame */
+	struct ksm_other others[KSM_PEERS_MAX];
+	/* the living, as of the last ksm_peer_refresh() */
+	ksm_slotno living[KSM_PEERS_MAX];
+	size_t living_count;
+	uint64_t living_epoch;   /* peer epoch before they were listed */
+	bool living_known;       /* every one's bitmap is at hand */
+	ksm_slotno missing;      /* if not: one whose bitmap is not */
+	ksm_frameno next_frame;  /* where the last run of allocations ended */
+	pthread_mutex_t merge_mutex, merge_next;
+};
+
+/* Set to nothing: no descriptors, no memory. */
+void ksm_peer_init(struct ksm_peer *peer);
+/* Give up everything but the memory others map: leave the domain. */
+void ksm_peer_destroy(struct ksm_peer *peer);
+
+/*
+ * The merge lock: everything that maps, unmaps or releases a frame happens under it, and every change to
+ * bitmap, counts and page words. Fair enough that a scanner in a loop does not starve the program.
+ */
+void ksm_merge_lock(struct ksm_peer *peer);
+void ksm_merge_unlock(struct ksm_peer *peer);
+/* In the child of a fork whose prepare handler held it: a new, free lock. */
+void ksm_merge_lock_renew(struct ksm_peer *peer);
+
+/* Size and map the control memfd of a new domain and write its header. */
+int ksm_peer_create_control(struct ksm_peer *peer, int control, uint64_t frames, uint32_t backing,
+			    const uint8_t id[16]);
+/* Map an existing one. KSM_ELAYOUT, KSM_ECORRUPT. */
+int ksm_peer_map_control(struct ksm_peer *peer, int control);
+
+/* Slot number `slot` of the table, or NULL if there is no such one. */
+struct ksm_slot *ksm_peer_slot(const struct ksm_peer *peer, ksm_slotno slot);
+
+/*
+ * Take a free slot: its liveness lock, a new slot epoch, then the peer epoch, then an empty sealed bitmap.
+ * inherit: the seat is for the child of a fork, whose mappings it must survive in. KSM_EPEERS: none is free.
+ */
+int ksm_seat_take(struct ksm_peer *peer, bool inherit, struct ksm_seat *out);
+/* Give it up: everything unmapped, the lock gone. */
+void ksm_seat_leave(struct ksm_seat *seat);
+/* The bits of `to` become those of `from`. Merge lock held, `to` not used by anybody yet. */
+void ksm_seat_copy_bits(struct ksm_seat *to, const struct ksm_seat *from);
+/* Parent after a fork: unmap a seat that was prepared for the child. */
+void ksm_seat_unmap(struct ksm_seat *seat);
+/* Child after a fork: its own children shall not inherit the seat. */
+void ksm_seat_keep(struct ksm_peer *peer, struct ksm_seat *seat);
+/* After a fork the scanner's table is gone: no descriptor of others' bitmaps; in the child their mappings neither. */
+void ksm_peer_forget_descriptors(struct ksm_peer *peer, bool mappings_stay);
+/* A member without a seat: bits and counters in private memory that nobody reads. */
+void ksm_peer_sit_nowhere(struct ksm_peer *peer);
+/* Sit down: from now on the peer's own. */
+void ksm_peer_sit(struct ksm_peer *peer, const struct ksm_seat *seat);
+
+/*
+ * List the living by their locks; forget the dead (their chunks become dirty). Merge lock held. Returns 0 if
+ * every living peer's bitmap is at hand, else -EAGAIN with peer->missing naming one that is not.
+ */
+int ksm_peer_refresh(struct ksm_peer *peer);
+/* The same, but only if somebody came since. */
+int ksm_peer_refresh_if_changed(struct ksm_peer *peer);
+/* Is this incarnation of that slot among the living, as of the last refresh? Only the low 15 bits of `epoch` count. */
+bool ksm_peer_is_living(const struct ksm_peer *peer, ksm_slotno slot, uint32_t epoch);
+/* How many peers live, whatever we know of them; needs fds.file only. */
+int ksm_peer_count(const struct ksm_peer *peer);
+/* Map another's bitmap read-only; takes fd over. KSM_ECORRUPT: it is not what it should be. Merge lock held. */
+int ksm_peer_attach_bitmap(struct ksm_peer *peer, ksm_slotno slot, int fd);
+
+/* Our own bit of a frame. Merge lock held. */
+void ksm_bit_set(struct ksm_peer *peer, ksm_frameno frame);
+void ksm_bit_clear(struct ksm_peer *peer, ksm_frameno frame);
+bool ksm_bit_test(const struct ksm_peer *peer, ksm_frameno frame);
+/* 64 bits from frame (a multiple of 64): ours or'ed with all the living's, as of the last refresh. */
+uint64_t ksm_bits_of_all(const struct ksm_peer *peer, ksm_frameno frame);
+
+/* A frame of this chunk may have lost its last reference. */
+void ksm_chunk_mark(struct ksm_peer *peer, ksm_frameno frame);
+void ksm_chunk_mark_all(struct ksm_peer *peer);
+/* Was the chunk marked? It is not any more. */
+bool ksm_chunk_unmark(struct ksm_peer *peer, uint64_t chunk);
+bool ksm_chunks_any(const struct ksm_peer *peer);
+
+#endif

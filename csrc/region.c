@@ -1,0 +1,189 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * DOC: Regions and pages
+ *
+ * This file owns the page words: eight bytes a page, outside the pages, saying what is known of it.
+ *
+ *     63   60 59                                  0
+ *    ┌───────┬─────────────────────────────────────┐
+ *    │ state │ digest, or frame                    │
+ *    └───────┴─────────────────────────────────────┘
+ *
+ *                        ┌──────────── content changed ───────────┐
+ *                        ▼                                        │
+ *    UNKNOWN ────▶ SEEN [digest] ────▶ CANDIDATE [digest] ────────┤
+ *       ▲             │   └──────────▶ REFUSED [digest] ──────────┘
+ *       │             ▼ (also from CANDIDATE and REFUSED)
+ *       ├──────── MERGED [frame] ────▶ BROKEN [frame]
+ *       └──────── DROPPED (zeros)           │
+ *       └───────────────────────────────────┘ freed, or made anonymous again
+ *
+ * A word that is behind the truth is harmless in one direction only, and the code keeps to it:
+ *
+ * PAGE-1. MERGED and BROKEN hold one reference to their frame, from before the page is mapped until after its mapping
+ *         is gone. The kernel breaks a page without telling us; MERGED may mean broken, BROKEN never means merged.
+ * PAGE-2. Only ksm_region_move() changes a word, along the edges of one table.
+ * PAGE-3. Words change under the merge lock. After fork the child's copy is as good as the parent's: its seat holds a
+ *         copy of the parent's bits.
+ */
+#include "region.h"
+
+#include "atomic.h"
+#include "os.h"
+#include "page.h"
+
+#include <string.h>
+#include <sys/mman.h>
+
+#define STATE_SHIFT 60
+#define PAYLOAD_MASK ((1ull << STATE_SHIFT) - 1)
+_Static_assert(KSM_DIGEST_BITS <= STATE_SHIFT, "a digest does not fit beside the state");
+
+int ksm_region_init(struct ksm_region *region, struct ksm_peer *peer, struct ksm_index *index, void *base,
+		    size_t pages, ksm_frameno home)
+{
+	void *words;
+	memset(region, 0, sizeof(*region));
+	int r = ksm_os_map_table(ksm_page_round_up(pages * sizeof(uint64_t)), &words);
+	if (r)
+		return r;
+	region->peer = peer;
+	region->index = index;
+	region->base = base;
+	region->room = pages;
+	region->words = words;
+	region->home = home;
+	region->background = true;
+	return 0;
+}
+
+void ksm_region_fini(struct ksm_region *region)
+{
+	if (region->words)
+		munmap(region->words, ksm_page_round_up(region->room * sizeof(uint64_t)));
+	region->words = NULL;
+}
+
+enum ksm_page_state ksm_region_state(const struct ksm_region *region, ksm_pageno page)
+{
+	ksm_assert(page < region->room);
+	return (enum ksm_page_state)(region->words[page] >> STATE_SHIFT);
+}
+
+uint64_t ksm_region_digest(const struct ksm_region *region, ksm_pageno page)
+{
+	return region->words[page] & PAYLOAD_MASK;
+}
+
+ksm_frameno ksm_region_frame(const struct ksm_region *region, ksm_pageno page)
+{
+	if (page >= region->room)
+		return KSM_NO_FRAME;
+	enum ksm_page_state state = ksm_region_state(region, page);
+	if (state != KSM_PAGE_MERGED && state != KSM_PAGE_BROKEN)
+		return KSM_NO_FRAME;
+	return (ksm_frameno)(region->words[page] & PAYLOAD_MASK);
+}
+
+#define TO(state) (1u << KSM_PAGE_##state)
+static const unsigned edges[KSM_PAGE_STATES] = {
+	[KSM_PAGE_UNKNOWN] = TO(SEEN) | TO(UNKNOWN),
+	[KSM_PAGE_SEEN] = TO(SEEN) | TO(CANDIDATE) | TO(REFUSED) | TO(MERGED) | TO(DROPPED) | TO(UNKNOWN),
+	[KSM_PAGE_CANDIDATE] = TO(SEEN) | TO(CANDIDATE) | TO(REFUSED) | TO(MERGED) | TO(DROPPED) | TO(UNKNOWN),
+	[KSM_PAGE_REFUSED] = TO(SEEN) | TO(CANDIDATE) | TO(REFUSED) | TO(MERGED) | TO(DROPPED) | TO(UNKNOWN),
+	[KSM_PAGE_MERGED] = TO(BROKEN) | TO(UNKNOWN),
+	[KSM_PAGE_BROKEN] = TO(UNKNOWN),
+	[KSM_PAGE_DROPPED] = TO(UNKNOWN),
+};
+#undef TO
+
+bool ksm_region_edge_is_legal(enum ksm_page_state from, enum ksm_page_state to)
+{
+	return from < KSM_PAGE_STATES && to < KSM_PAGE_STATES && (edges[from] >> to & 1);
+}
+
+void ksm_region_move(struct ksm_region *region, ksm_pageno page, enum ksm_page_state to, uint64_t payload)
+{
+	enum ksm_page_state from = ksm_region_state(region, page);
+	struct ksm_slot *self = region->peer->self;
+	ksm_ensure(ksm_region_edge_is_legal(from, to)); /* PAGE-2 */
+	region->words[page] = (uint64_t)to << STATE_SHIFT | (payload & PAYLOAD_MASK);
+	if (from == to)
+		return;
+	if (from != KSM_PAGE_UNKNOWN)
+		region->states[from]--;
+	if (to != KSM_PAGE_UNKNOWN)
+		region->states[to]++;
+	int merged = (to == KSM_PAGE_MERGED) - (from == KSM_PAGE_MERGED);
+	int broken = (to == KSM_PAGE_BROKEN) - (from == KSM_PAGE_BROKEN);
+	int dropped = (to == KSM_PAGE_DROPPED) - (from == KSM_PAGE_DROPPED);
+	if (merged)
+		ksm_count(self, KSM_PAGES_MERGED, merged);
+	if (broken)
+		ksm_count(self, KSM_PAGES_BROKEN, broken);
+	if (dropped)
+		ksm_count(self, KSM_PAGES_ZERO, dropped);
+}
+
+/* ---- mappings --------------------------------------------------------------------------------------- */
+
+static bool is_boundary(ksm_frameno left, ksm_frameno right)
+{
+	if (left == KSM_NO_FRAME || right == KSM_NO_FRAME)
+		return left != right;
+	return right != left + 1;
+}
+
+size_t ksm_region_boundaries(const struct ksm_region *region, ksm_pageno page, size_t count)
+{
+	size_t boundaries = 0;
+	for (ksm_pageno i = page ? page : 1; i <= page + count && i < region->room; i++)
+		boundaries += is_boundary(ksm_region_frame(region, i - 1), ksm_region_frame(region, i));
+	return boundaries;
+}
+
+size_t ksm_region_boundaries_if(const struct ksm_region *region, ksm_pageno page, size_t count, ksm_frameno frame)
+{
+	size_t boundaries = 0;
+	if (page)
+		boundaries += is_boundary(ksm_region_frame(region, page - 1), frame);
+	if (page + count < region->room)
+		boundaries += is_boundary(frame + (ksm_frameno)count - 1, ksm_region_frame(region, page + count));
+	return boundaries;
+}
+
+ksm_frameno ksm_region_home(const struct ksm_region *region, ksm_pageno page)
+{
+	ksm_frameno left = page ? ksm_region_frame(region, page - 1) : KSM_NO_FRAME;
+	if (left != KSM_NO_FRAME)
+		return left + 1;
+	ksm_frameno right = ksm_region_frame(region, page + 1);
+	if (right != KSM_NO_FRAME && right > 0)
+		return right - 1;
+	if (region->home == KSM_NO_FRAME)
+		return KSM_NO_FRAME;
+	return (ksm_frameno)((region->home + page) % region->peer->layout.frames);
+}
+
+void ksm_region_unknow(struct ksm_region *region, ksm_pageno page)
+{
+	if (ksm_region_state(region, page) == KSM_PAGE_CANDIDATE)
+		ksm_candidate_remove(region->index, region->peer, ksm_region_digest(region, page),
+				     ksm_region_page(region, page));
+	ksm_region_move(region, page, KSM_PAGE_UNKNOWN, 0);
+}
+
+void ksm_region_forget(struct ksm_region *region, ksm_pageno page, size_t count)
+{
+	size_t before = ksm_region_boundaries(region, page, count);
+	for (ksm_pageno i = page; i < page + count; i++) {
+		ksm_frameno frame = ksm_region_frame(region, i);
+		if (ksm_region_state(region, i) == KSM_PAGE_UNKNOWN)
+			continue;
+		ksm_region_unknow(region, i);
+		if (frame != KSM_NO_FRAME)
+			ksm_frame_put(region->peer, frame, 1);
+	}
+	size_t after = ksm_region_boundaries(region, page, count);
+	ksm_count(region->peer->self, KSM_VMAS_USED, (int64_t)after - (int64_t)before);
+}

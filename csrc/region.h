@@ -1,0 +1,74 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * region.h: a range of addresses whose pages may be merged, and what is known of each page. All under the merge
+ * lock of the region's peer, except where a line says otherwise.
+ */
+#ifndef KSM_REGION_H
+#define KSM_REGION_H
+
+#include "index.h"
+
+/* What is known of a page; its word's payload in brackets. */
+enum ksm_page_state {
+	KSM_PAGE_UNKNOWN = 0,   /* nothing */
+	KSM_PAGE_SEEN = 1,      /* private [digest when last looked at] */
+	KSM_PAGE_CANDIDATE = 2, /* private, and said so to the others [digest] */
+	KSM_PAGE_REFUSED = 3,   /* private, and the kernel would not let it go: pinned, or shared by fork [digest] */
+	KSM_PAGE_MERGED = 4,    /* mapped to a frame, not written since, as far as we know [frame] */
+	KSM_PAGE_BROKEN = 5,    /* was merged, then written: private, but its mapping still refers to the frame [frame] */
+	KSM_PAGE_DROPPED = 6,   /* was all zeros and was given back: reads as zeros */
+	KSM_PAGE_STATES
+};
+
+struct ksm_region {
+	struct ksm_peer *peer;
+	struct ksm_index *index;
+	struct ksm_region *next; /* in the scanner's list */
+	char *base;
+	size_t room;             /* pages, fixed */
+	size_t used;             /* pages [0, used) may have been handed out; atomic, only grows */
+	uint64_t *words;         /* one a page */
+	ksm_frameno home;        /* the frame page 0 would like, or KSM_NO_FRAME: see ksm_region_home() */
+	bool background;         /* merged by the scanner when nobody asks */
+	bool excluded;           /* unmerged by name: left alone until scanned by name */
+	bool registered;         /* somebody else's memory */
+	uint64_t states[KSM_PAGE_STATES]; /* pages in each state, UNKNOWN not counted */
+};
+
+/* Takes no memory of the range itself; allocates the words. */
+int ksm_region_init(struct ksm_region *region, struct ksm_peer *peer, struct ksm_index *index, void *base,
+		    size_t pages, ksm_frameno home);
+void ksm_region_fini(struct ksm_region *region);
+
+static inline char *ksm_region_page(const struct ksm_region *region, ksm_pageno page)
+{
+	return region->base + (page << KSM_PAGE_SHIFT);
+}
+
+enum ksm_page_state ksm_region_state(const struct ksm_region *region, ksm_pageno page);
+/* The digest of SEEN, CANDIDATE, REFUSED. */
+uint64_t ksm_region_digest(const struct ksm_region *region, ksm_pageno page);
+/* The frame of MERGED and BROKEN; KSM_NO_FRAME in other states and outside the region. */
+ksm_frameno ksm_region_frame(const struct ksm_region *region, ksm_pageno page);
+
+bool ksm_region_edge_is_legal(enum ksm_page_state from, enum ksm_page_state to);
+/* Move a page to another state. Counts; frames' references are the caller's. An illegal edge panics. */
+void ksm_region_move(struct ksm_region *region, ksm_pageno page, enum ksm_page_state to, uint64_t payload);
+
+/*
+ * How many memory mappings begin inside [page, page + count], seen from what is known: neighbours that are
+ * anonymous, or on consecutive frames, share one.
+ */
+size_t ksm_region_boundaries(const struct ksm_region *region, ksm_pageno page, size_t count);
+/* The same if `count` pages from `page` were mapped to consecutive frames from `frame`. */
+size_t ksm_region_boundaries_if(const struct ksm_region *region, ksm_pageno page, size_t count, ksm_frameno frame);
+
+/* The frame a page would like, so that equal layouts give one run: after its neighbours', else by position. */
+ksm_frameno ksm_region_home(const struct ksm_region *region, ksm_pageno page);
+
+/* The page's content is not what it was: back to UNKNOWN, and no candidate any more. For private states. */
+void ksm_region_unknow(struct ksm_region *region, ksm_pageno page);
+/* The pages' memory was replaced by fresh anonymous memory: everything about them is forgotten, frames are put. */
+void ksm_region_forget(struct ksm_region *region, ksm_pageno page, size_t count);
+
+#endif

@@ -1,0 +1,257 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * DOC: The rendezvous
+ *
+ * A directory per user and domain where processes that share nothing else find one another:
+ *
+ *    /dev/shm/ksmalloc-UID/          base, mode 0700 (or the path given)
+ *      default/                      a domain, mode 0700
+ *        domain                      magic, layout, random id, settings; and the locks
+ *        peer-0, peer-3, …           a socket for each peer, where it hands out its descriptors
+ *
+ * Only the file's page and the names take room; frames are elsewhere and go with the last process. The file is read
+ * and written with pread and pwrite, never through a mapping, so that neither a full file system nor a truncation
+ * can kill anybody. Locks are open file description locks far beyond its end; their place is the same in every
+ * version of the layout, so that one version can tell whether another lives there.
+ *
+ * MEET-1. Nothing here is followed through a symbolic link, and nothing is used that another user owns or that
+ *         others may open.
+ * MEET-2. Listing, creating and joining happen under the join lock. It is waited for, but not for ever.
+ * MEET-3. Settings are one record written at once, with a check; a reader that meets a torn one reads again.
+ */
+#include "rendezvous.h"
+
+#include "error.h"
+#include "os.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* ---- opening --------------------------------------------------------------------------------------- */
+
+static bool name_is_valid(const char *name)
+{
+	size_t n = strnlen(name, KSM_NAME_MAX + 1);
+	if (n == 0 || n > KSM_NAME_MAX || name[0] == '.')
+		return false;
+	for (size_t i = 0; i < n; i++) {
+		char c = name[i];
+		if (!((c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '.' ||
+		      c == '_' || c == '-'))
+			return false;
+	}
+	return true;
+}
+
+/* MEET-1 */
+static int check_owner(int fd, mode_t kind)
+{
+	struct stat stat;
+	int r = ksm_os_stat(fd, &stat);
+	if (r)
+		return r;
+	if ((stat.st_mode & S_IFMT) != kind)
+		return kind == S_IFDIR ? -ENOTDIR : KSM_EOWNER;
+	return stat.st_uid == geteuid() && (stat.st_mode & 077) == 0 ? 0 : KSM_EOWNER;
+}
+
+static int open_directory(int at, const char *name, bool create)
+{
+	if (create) {
+		int r = ksm_os_mkdir(at, name, 0700);
+		if (r && r != -EEXIST)
+			return r;
+	}
+	int fd = ksm_os_open(at, name, O_RDONLY | O_DIRECTORY, 0);
+	if (fd == -ENOTDIR) { /* a link or something else? */
+		struct stat stat;
+		if (!fstatat(at, name, &stat, AT_SYMLINK_NOFOLLOW) && S_ISLNK(stat.st_mode))
+			return -ELOOP;
+	}
+	if (fd < 0)
+		return fd;
+	int r = check_owner(fd, S_IFDIR);
+	if (r) {
+		ksm_os_close(fd);
+		return r;
+	}
+	return fd;
+}
+
+static int open_file(int directory, bool create)
+{
+	int fd = ksm_os_open(directory, "domain", O_RDWR | O_NONBLOCK | (create ? O_CREAT : 0), 0600);
+	if (fd < 0)
+		return fd;
+	int r = check_owner(fd, S_IFREG);
+	if (r) {
+		ksm_os_close(fd);
+		return r;
+	}
+	return fd;
+}
+
+int ksm_rendezvous_open(const struct ksm_domain_options *options, bool create, struct ksm_rendezvous *out)
+{
+	const char *name = options && options->name ? options->name : "default";
+	struct ksm_rendezvous rendezvous = {.directory = -1, .file = -1};
+	char base[KSM_PATH_ROOM];
+	int n;
+
+	*out = rendezvous;
+	if (!name_is_valid(name))
+		return -EINVAL;
+	if (options && options->path)
+		n = snprintf(base, sizeof(base), "%s", options->path);
+	else
+		n = snprintf(base, sizeof(base), "/dev/shm/ksmalloc-%u", (unsigned)geteuid());
+	if (n <= 0)
+		return -EINVAL;
+	if ((size_t)n + strlen(name) + 2 > sizeof(base))
+		return -ENAMETOOLONG;
+	snprintf(rendezvous.path, sizeof(rendezvous.path), "%.*s/%.*s", (int)(sizeof(base) - KSM_NAME_MAX - 2), base,
+		 KSM_NAME_MAX, name);
+
+	int parent = open_directory(AT_FDCWD, base, create);
+	if (parent < 0)
+		return parent;
+	rendezvous.directory = open_directory(parent, name, create);
+	ksm_os_close(parent);
+	if (rendezvous.directory < 0)
+		return rendezvous.directory;
+	rendezvous.file = open_file(rendezvous.directory, create);
+	if (rendezvous.file < 0) {
+		ksm_os_close(rendezvous.directory);
+		return rendezvous.file;
+	}
+	*out = rendezvous;
+	return 0;
+}
+
+void ksm_rendezvous_close(struct ksm_rendezvous *rendezvous)
+{
+	ksm_os_close(rendezvous->directory);
+	ksm_os_close(rendezvous->file);
+	rendezvous->directory = rendezvous->file = -1;
+}
+
+bool ksm_rendezvous_is_gone(const struct ksm_rendezvous *rendezvous)
+{
+	struct stat opened, named;
+	return ksm_os_stat(rendezvous->file, &opened) ||
+	       fstatat(rendezvous->directory, "domain", &named, AT_SYMLINK_NOFOLLOW) ||
+	       opened.st_ino != named.st_ino || opened.st_dev != named.st_dev;
+}
+
+/* ---- locks and the head ------------------------------------------------------------------------------ */
+
+int ksm_rendezvous_lock(int file, uint64_t byte, uint32_t timeout_ms)
+{
+	uint64_t deadline = ksm_os_now_ns() + timeout_ms * 1000000ull;
+	for (uint64_t nap = 100000;; nap = KSM_MIN(nap * 2, 10000000ull)) {
+		int r = ksm_os_lock_try(file, byte);
+		if (r != -EAGAIN || ksm_os_now_ns() >= deadline)
+			return r;
+		ksm_os_sleep_ns(nap);
+	}
+}
+
+int ksm_rendezvous_read(int file, struct ksm_domain_file *out)
+{
+	return ksm_os_pread(file, out, sizeof(*out), 0);
+}
+
+int ksm_rendezvous_write(int file, const uint8_t id[16], uint32_t backing)
+{
+	unsigned char page[KSM_PAGE_SIZE] = {0};
+	struct ksm_domain_file head = {
+		.magic = KSM_MAGIC,
+		.version = KSM_LAYOUT_VERSION,
+		.layout = ksm_layout_hash(),
+		.backing = backing,
+	};
+	struct ksm_settings settings;
+	ksm_rendezvous_settings(file, &settings);
+	memcpy(head.id, id, sizeof(head.id));
+	memcpy(page, &head, sizeof(head));
+	int r = ksm_os_pwrite(file, page, sizeof(page), 0);
+	return r ? r : ksm_rendezvous_set_settings(file, &settings);
+}
+
+int ksm_rendezvous_is_inhabited(int file)
+{
+	int64_t at = ksm_os_lock_find(file, KSM_LOCK_LIVENESS, KSM_PEERS_MAX);
+	return at == -ENOENT ? 0 : at < 0 ? (int)at : 1;
+}
+
+/* ---- settings ---------------------------------------------------------------------------------------- */
+
+static uint32_t settings_check(const struct ksm_settings *settings)
+{
+	const unsigned char *bytes = (const unsigned char *)settings;
+	uint32_t sum = 2166136261u;
+	for (size_t i = 0; i < sizeof(*settings); i++)
+		sum = (sum ^ bytes[i]) * 16777619u;
+	return sum;
+}
+
+void ksm_settings_default(struct ksm_settings *out)
+{
+	*out = (struct ksm_settings){
+		.run = 1, .pages_to_scan = 2048, .max_pages_to_merge = 2048, .sleep_millisecs = 20};
+}
+
+static bool settings_are_valid(const struct ksm_settings *s)
+{
+	return s->run <= 1 && s->pages_to_scan >= 1 && s->pages_to_scan <= 1000000 && s->max_pages_to_merge >= 1 &&
+	       s->max_pages_to_merge <= 1000000 && s->sleep_millisecs <= 60000;
+}
+
+int ksm_rendezvous_settings(int file, struct ksm_settings *out)
+{
+	struct ksm_settings_record record;
+	ksm_settings_default(out);
+	for (int attempt = 0; attempt < 8; attempt++) {
+		int r = ksm_os_pread(file, &record, sizeof(record), offsetof(struct ksm_domain_file, settings));
+		if (r)
+			return r == -ENODATA ? 0 : r;
+		if (record.check == settings_check(&record.settings) && settings_are_valid(&record.settings)) {
+			*out = record.settings;
+			return 0;
+		}
+	}
+	return 0;
+}
+
+int ksm_rendezvous_set_settings(int file, const struct ksm_settings *settings)
+{
+	if (!settings_are_valid(settings))
+		return -EINVAL;
+	struct ksm_settings_record record = {.settings = *settings, .check = settings_check(settings), .version = 1};
+	return ksm_os_pwrite(file, &record, sizeof(record), offsetof(struct ksm_domain_file, settings));
+}
+
+/* ---- clearing ----------------------------------------------------------------------------------------- */
+
+static int unlink_socket(const char *name, void *context)
+{
+	const struct ksm_rendezvous *rendezvous = context;
+	if (!strncmp(name, "peer-", 5))
+		ksm_os_unlink(rendezvous->directory, name, false);
+	return 0;
+}
+
+int ksm_rendezvous_clear(const struct ksm_rendezvous *rendezvous, bool everything)
+{
+	int r = ksm_os_list(rendezvous->directory, unlink_socket, (void *)rendezvous);
+	if (r || !everything)
+		return r;
+	r = ksm_os_unlink(rendezvous->directory, "domain", false);
+	if (r && r != -ENOENT)
+		return r;
+	return ksm_os_unlink(AT_FDCWD, rendezvous->path, true);
+}

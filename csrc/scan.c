@@ -1,0 +1,298 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * DOC: The scan
+ *
+ * A pass looks at every page that regions have handed out, in address order, a stretch at a time. The merge lock is
+ * taken for one stretch and released, so that a program that frees memory waits for one stretch at most; between
+ * stretches the scanner's thread answers peers and looks for commands.
+ *
+ * The background pass goes on batch by batch (pages_to_scan pages, then a rest of sleep_millisecs) and merges only
+ * cold pages: at least two passes see a page before it is merged. A pass that somebody asked for ignores age.
+ *
+ * SCAN-1. The cursor points to a region of the list, or nowhere; whoever removes a region moves the cursor on.
+ * SCAN-2. Peers are listed, bitmaps fetched and frames freed by the scanner's thread only.
+ */
+#include "scan.h"
+
+#include "atomic.h"
+#include "os.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#define FETCH_TIMEOUT_MS 50
+
+int ksm_scanner_init(struct ksm_scanner *scanner, struct ksm_peer *peer, struct ksm_index *index,
+		     struct ksm_exchange *exchange)
+{
+	memset(scanner, 0, sizeof(*scanner));
+	scanner->peer = peer;
+	scanner->index = index;
+	scanner->exchange = exchange;
+	scanner->barrier.uffd = -1;
+	return 0;
+}
+
+void ksm_scanner_fini(struct ksm_scanner *scanner)
+{
+	ksm_merger_fini(&scanner->merger);
+	ksm_barrier_destroy(&scanner->barrier);
+}
+
+/* ---- regions ------------------------------------------------------------------------------------------ */
+
+void ksm_scanner_add(struct ksm_scanner *scanner, struct ksm_region *region)
+{
+	struct ksm_region **at = &scanner->regions;
+	while (*at && (*at)->base < region->base)
+		at = &(*at)->next;
+	region->next = *at;
+	*at = region;
+}
+
+void ksm_scanner_remove(struct ksm_scanner *scanner, struct ksm_region *region)
+{
+	struct ksm_region **at = &scanner->regions;
+	while (*at && *at != region)
+		at = &(*at)->next;
+	if (*at)
+		*at = region->next;
+	if (scanner->cursor == region) {
+		scanner->cursor = region->next;
+		scanner->cursor_page = 0;
+	}
+}
+
+bool ksm_scanner_overlaps(const struct ksm_scanner *scanner, const void *at, size_t nbytes)
+{
+	const char *from = at;
+	for (const struct ksm_region *region = scanner->regions; region; region = region->next)
+		if (from < region->base + (region->room << KSM_PAGE_SHIFT) && region->base < from + nbytes)
+			return true;
+	return false;
+}
+
+static bool takes_part(const struct ksm_region *region, enum ksm_scan_who who)
+{
+	return !region->excluded && (who == KSM_SCAN_ALL || region->background);
+}
+
+static size_t used_pages(const struct ksm_region *region)
+{
+	return ksm_load_acquire(&region->used);
+}
+
+/* ---- passes ------------------------------------------------------------------------------------------- */
+
+static int call_between(const struct ksm_scan_between *between)
+{
+	return between && between->call ? between->call(between->context) : 0;
+}
+
+static size_t stretch_at(struct ksm_scanner *scanner, struct ksm_region *region, ksm_pageno page, bool force,
+			 struct ksm_merge_counts *counts)
+{
+	size_t used = used_pages(region);
+	size_t count = page < used ? KSM_MIN(used - page, (size_t)KSM_STRETCH) : 0;
+	uint64_t before = counts->scanned;
+	if (count)
+		ksm_merge_stretch(&scanner->merger, region, page, count, force, counts);
+	ksm_count(scanner->peer->self, KSM_PAGES_SCANNED, (int64_t)(counts->scanned - before));
+	return count;
+}
+
+/* Move the cursor to the next stretch to look at. Merge lock held. false: the pass is over. */
+static bool cursor_settle(struct ksm_scanner *scanner)
+{
+	while (scanner->cursor) {
+		if (takes_part(scanner->cursor, KSM_SCAN_BACKGROUND) &&
+		    scanner->cursor_page < used_pages(scanner->cursor))
+			return true;
+		scanner->cursor = scanner->cursor->next;
+		scanner->cursor_page = 0;
+	}
+	return false;
+}
+
+static void publish_pass(struct ksm_scanner *scanner, const struct ksm_merge_counts *counts)
+{
+	struct ksm_slot *self = scanner->peer->self;
+	ksm_count_set(self, KSM_PAGES_UNSHARED, counts->unshared);
+	ksm_count_set(self, KSM_PAGES_VOLATILE, counts->written);
+	ksm_count(self, KSM_FULL_SCANS, 1);
+	ksm_store_relaxed(&self->why_not, counts->why_not);
+}
+
+bool ksm_scan_batch(struct ksm_scanner *scanner, uint64_t pages, uint64_t merges,
+		    const struct ksm_scan_between *between)
+{
+	uint64_t merged_before = scanner->pass.merged, looked = 0;
+	bool over = false;
+	ksm_merge_lock(scanner->peer);
+	if (!scanner->cursor) {
+		scanner->cursor = scanner->regions;
+		scanner->cursor_page = 0;
+		scanner->pass = (struct ksm_merge_counts){0};
+		scanner->pass_changes = ksm_load_seqcst(&scanner->peer->control->changes);
+	}
+	while (!over && looked < pages && scanner->pass.merged - merged_before < merges) {
+		if (!cursor_settle(scanner)) {
+			over = true;
+			break;
+		}
+		size_t n = stretch_at(scanner, scanner->cursor, scanner->cursor_page, false, &scanner->pass);
+		scanner->cursor_page += n;
+		looked += n;
+		ksm_merge_unlock(scanner->peer);
+		int stop = call_between(between);
+		ksm_merge_lock(scanner->peer);
+		if (stop)
+			break;
+	}
+	if (over)
+		publish_pass(scanner, &scanner->pass);
+	ksm_merge_unlock(scanner->peer);
+	return over;
+}
+
+/* The region after which to go on, found again: it may be gone. Merge lock held. */
+static struct ksm_region *region_from(struct ksm_scanner *scanner, const char *base, struct ksm_region *only,
+				      enum ksm_scan_who who)
+{
+	for (struct ksm_region *region = scanner->regions; region; region = region->next)
+		if (region->base >= base && (only ? region == only : takes_part(region, who)))
+			return region;
+	return NULL;
+}
+
+int ksm_scan_pass(struct ksm_scanner *scanner, struct ksm_region *only, enum ksm_scan_who who,
+		  const struct ksm_scan_between *between, struct ksm_merge_counts *counts)
+{
+	uint64_t changes = ksm_load_seqcst(&scanner->peer->control->changes);
+	uint64_t settle_seq = ksm_load_seqcst(&scanner->peer->control->settle_seq);
+	struct ksm_merge_counts pass = {0};
+	const char *base = NULL;
+	ksm_pageno page = 0;
+	int stop = 0;
+	ksm_merge_lock(scanner->peer);
+	for (struct ksm_region *region; !stop && (region = region_from(scanner, base, only, who));) {
+		if (region->base != base) {
+			base = region->base;
+			page = 0;
+		}
+		size_t n = stretch_at(scanner, region, page, true, &pass);
+		page += n;
+		if (n == 0) {
+			base = region->base + 1;
+			continue;
+		}
+		ksm_merge_unlock(scanner->peer);
+		stop = call_between(between);
+		ksm_merge_lock(scanner->peer);
+	}
+	if (!stop && !only) {
+		publish_pass(scanner, &pass);
+		if (who == KSM_SCAN_ALL && pass.merged + pass.dropped + pass.promoted == 0) {
+			ksm_store_release(&scanner->peer->self->quiet_at, changes);
+			ksm_store_release(&scanner->peer->self->settled_seq, settle_seq);
+		}
+	}
+	ksm_merge_unlock(scanner->peer);
+	counts->scanned += pass.scanned;
+	counts->merged += pass.merged;
+	counts->dropped += pass.dropped;
+	counts->promoted += pass.promoted;
+	counts->skipped += pass.skipped;
+	counts->unshared = pass.unshared;
+	counts->written = pass.written;
+	counts->why_not = pass.why_not;
+	return stop;
+}
+
+int ksm_scan_exhaust(struct ksm_scanner *scanner, struct ksm_region *only, const struct ksm_scan_between *between,
+		     struct ksm_merge_counts *counts, uint64_t *passes)
+{
+	for (*passes = 0;;) {
+		uint64_t before = counts->merged + counts->dropped + counts->promoted;
+		int stop = ksm_scan_pass(scanner, only, KSM_SCAN_ALL, between, counts);
+		(*passes)++;
+		bool idle = counts->merged + counts->dropped + counts->promoted == before;
+		if (stop || (idle && *passes >= 2) || *passes >= 64)
+			return stop;
+	}
+}
+
+/* ---- peers and sweeps ----------------------------------------------------------------------------------- */
+
+int ksm_scan_know_peers(struct ksm_scanner *scanner)
+{
+	for (int attempt = 0; attempt < KSM_PEERS_MAX; attempt++) {
+		ksm_merge_lock(scanner->peer);
+		int r = ksm_peer_refresh(scanner->peer);
+		ksm_slotno missing = scanner->peer->missing;
+		ksm_merge_unlock(scanner->peer);
+		if (r != -EAGAIN || missing == KSM_NO_SLOT)
+			return r;
+		r = ksm_exchange_fetch_bitmap(scanner->exchange, scanner->peer, missing, FETCH_TIMEOUT_MS);
+		if (r)
+			return r;
+	}
+	return -EAGAIN;
+}
+
+int64_t ksm_scan_sweep(struct ksm_scanner *scanner, bool all, const struct ksm_scan_between *between)
+{
+	int64_t freed = 0;
+	int error = ksm_scan_know_peers(scanner);
+	if (error)
+		return error;
+	uint64_t chunks = ksm_sweep_chunks(scanner->peer);
+	for (uint64_t chunk = 0; chunk < chunks; chunk++) {
+		if (!ksm_chunk_unmark(scanner->peer, chunk) && !all)
+			continue;
+		ksm_merge_lock(scanner->peer);
+		int r = ksm_sweep_chunk(scanner->peer, chunk);
+		ksm_merge_unlock(scanner->peer);
+		if (r > 0)
+			freed += r;
+		else if (r < 0)
+			error = r;
+		if (call_between(between))
+			break;
+	}
+	return error && !freed ? error : freed;
+}
+
+int ksm_scan_restore(struct ksm_scanner *scanner, struct ksm_region *region, bool broken_too,
+		     const struct ksm_scan_between *between, struct ksm_restore_counts *counts)
+{
+	size_t used = used_pages(region);
+	int r = 0;
+	for (ksm_pageno page = 0; page < used && !r; page += 4096) {
+		ksm_merge_lock(scanner->peer);
+		r = ksm_restore(region, &scanner->barrier, page, KSM_MIN(used - page, (size_t)4096), broken_too, counts);
+		ksm_merge_unlock(scanner->peer);
+		call_between(between);
+	}
+	return r;
+}
+
+uint64_t ksm_scan_metadata(struct ksm_scanner *scanner)
+{
+	struct ksm_peer *peer = scanner->peer;
+	struct stat stat;
+	uint64_t nbytes = sizeof(*peer) + sizeof(*scanner);
+	nbytes += ksm_os_resident(peer->counts, ksm_page_round_up(peer->layout.frames * sizeof(uint16_t)));
+	if (peer->seat.bitmap_fd >= 0 && !ksm_os_stat(peer->seat.bitmap_fd, &stat))
+		nbytes += (uint64_t)stat.st_blocks * 512;
+	if (scanner->merger.buffer)
+		nbytes += ksm_os_resident(scanner->merger.buffer, KSM_STRETCH * KSM_PAGE_SIZE);
+	if (scanner->barrier.scratch)
+		nbytes += ksm_os_resident(scanner->barrier.scratch, KSM_WINDOW_PAGES * KSM_PAGE_SIZE);
+	ksm_merge_lock(peer);
+	for (struct ksm_region *region = scanner->regions; region; region = region->next)
+		nbytes += ksm_os_resident(region->words, ksm_page_round_up(used_pages(region) * sizeof(uint64_t)));
+	ksm_merge_unlock(peer);
+	return nbytes;
+}

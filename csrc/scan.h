@@ -1,0 +1,76 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * scan.h: passes over all regions of a peer, in batches, and the sweeps between them.
+ */
+#ifndef KSM_SCAN_H
+#define KSM_SCAN_H
+
+#include "exchange.h"
+#include "merge.h"
+#include "restore.h"
+#include "sweep.h"
+
+struct ksm_scanner {
+	struct ksm_peer *peer;
+	struct ksm_index *index;
+	struct ksm_exchange *exchange;
+	struct ksm_barrier barrier;
+	struct ksm_merger merger;
+	struct ksm_region *regions;     /* by address; merge lock */
+	/* the background pass */
+	struct ksm_region *cursor;      /* merge lock: who removes a region moves it on */
+	ksm_pageno cursor_page;
+	uint64_t pass_changes;          /* ksm_control.changes when it began */
+	struct ksm_merge_counts pass;   /* so far */
+	uint64_t private_pages_seen;    /* in the last complete pass */
+};
+
+/* Which regions take part. */
+enum ksm_scan_who {
+	KSM_SCAN_BACKGROUND, /* those that merge by themselves */
+	KSM_SCAN_ALL,        /* all but those that were unmerged by name */
+};
+
+int ksm_scanner_init(struct ksm_scanner *scanner, struct ksm_peer *peer, struct ksm_index *index,
+		     struct ksm_exchange *exchange);
+void ksm_scanner_fini(struct ksm_scanner *scanner);
+
+/* Regions come and go under the merge lock, from any thread. */
+void ksm_scanner_add(struct ksm_scanner *scanner, struct ksm_region *region);
+void ksm_scanner_remove(struct ksm_scanner *scanner, struct ksm_region *region);
+/* Does any region overlap [at, at + nbytes)? Merge lock held. */
+bool ksm_scanner_overlaps(const struct ksm_scanner *scanner, const void *at, size_t nbytes);
+
+/*
+ * All below: the scanner's thread, merge lock not held. `between` is called after every stretch (NULL: never); a
+ * non-zero return ends the work early.
+ */
+struct ksm_scan_between {
+	int (*call)(void *context);
+	void *context;
+};
+
+/* Go on with the background pass for up to `pages` pages or `merges` merges. true: the pass is complete, its counts are
+ * in scanner->pass and a new one begins next time. */
+bool ksm_scan_batch(struct ksm_scanner *scanner, uint64_t pages, uint64_t merges,
+		    const struct ksm_scan_between *between);
+/* One whole pass over `only` (NULL: all of `who`), cold or not. */
+int ksm_scan_pass(struct ksm_scanner *scanner, struct ksm_region *only, enum ksm_scan_who who,
+		  const struct ksm_scan_between *between, struct ksm_merge_counts *counts);
+/* Passes until one of them merges nothing; at least two. */
+int ksm_scan_exhaust(struct ksm_scanner *scanner, struct ksm_region *only, const struct ksm_scan_between *between,
+		     struct ksm_merge_counts *counts, uint64_t *passes);
+
+/* Make sure every living peer's bitmap is at hand, asking for what is missing. 0 or -EAGAIN. */
+int ksm_scan_know_peers(struct ksm_scanner *scanner);
+/* Sweep the marked chunks (all: every chunk). Returns frames freed, or -EAGAIN: some chunks stay marked. */
+int64_t ksm_scan_sweep(struct ksm_scanner *scanner, bool all, const struct ksm_scan_between *between);
+
+/* Make a region private again (see restore.h), taking the merge lock a piece at a time. */
+int ksm_scan_restore(struct ksm_scanner *scanner, struct ksm_region *region, bool broken_too,
+		     const struct ksm_scan_between *between, struct ksm_restore_counts *counts);
+
+/* Bytes of private memory the scanner and the regions use for bookkeeping, bitmap included. */
+uint64_t ksm_scan_metadata(struct ksm_scanner *scanner);
+
+#endif

@@ -1,0 +1,29 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * table.h: a lossy, lock-free table of 64-bit words in shared memory, found by digest.
+ */
+#ifndef KSM_TABLE_H
+#define KSM_TABLE_H
+
+#include "layout.h"
+
+struct ksm_table {
+	uint64_t *words;      /* in shared memory, ksm_table_words(levels_max) of them */
+	uint32_t *levels_now; /* in shared memory: levels in use */
+	unsigned levels_max;
+};
+
+/* Levels in use, at least one, never beyond the room there is, whatever a confused peer has written. */
+unsigned ksm_table_levels(const struct ksm_table *table);
+
+/* The KSM_TABLE_BUCKET words in which a digest may lie in one level. */
+uint64_t *ksm_table_bucket(const struct ksm_table *table, unsigned level, uint64_t digest);
+
+/*
+ * Place a word: over an empty one or one that is_stale() says nobody needs; else in a new level; in a full table
+ * over some other word. A word already there in full is not placed again. Words are never 0.
+ */
+void ksm_table_insert(struct ksm_table *table, uint64_t digest, uint64_t word,
+		      bool (*is_stale)(void *context, uint64_t word), void *context);
+
+#endif
