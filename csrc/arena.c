@@ -95,8 +95,8 @@ static int commit(struct ksm_area *area, size_t pages)
 	if (pages <= area->committed)
 		return 0;
 	size_t target = KSM_MIN((pages + COMMIT_PAGES - 1) / COMMIT_PAGES * COMMIT_PAGES, area->room);
-	int r = ksm_os_protect_rw(area->base + (area->committed << KSM_PAGE_SHIFT),
-				  (target - area->committed) << KSM_PAGE_SHIFT);
+	int r = ksm_os_protect_rw(area->base + (area->committed << KSM_PAGE_SHIFT), (target - area->committed)
+											    << KSM_PAGE_SHIFT);
 	if (!r)
 		area->committed = target;
 	return r;
@@ -146,7 +146,8 @@ static void renew_pages(struct ksm_arena *arena, struct ksm_half *half, struct k
 	ksm_merge_lock(peer);
 	for (size_t i = 0; i < pages && !framed; i++)
 		framed = ksm_region_frame(region, page + i) != KSM_NO_FRAME;
-	bool fresh = framed ? !ksm_os_map_anon(at, nbytes, true, false, NULL) : !ksm_os_advise(at, nbytes, MADV_DONTNEED);
+	bool fresh =
+		framed ? !ksm_os_map_anon(at, nbytes, true, false, NULL) : !ksm_os_advise(at, nbytes, MADV_DONTNEED);
 	if (framed && fresh)
 		ksm_os_advise(at, nbytes, MADV_NOHUGEPAGE);
 	if (fresh) {
@@ -279,7 +280,7 @@ int ksm_arena_alloc(struct ksm_arena *arena, size_t nbytes, unsigned flags, stru
 	bool small = nbytes <= KSM_SLAB_MOST;
 	pthread_mutex_lock(&arena->domain->memory);
 	int r = arena->closed ? KSM_ECLOSED
-		: small	      ? alloc_small(arena, half, nbytes, out)
+		: small       ? alloc_small(arena, half, nbytes, out)
 			      : alloc_large(arena, half, nbytes, out);
 	if (!r) {
 		out->nbytes = nbytes;

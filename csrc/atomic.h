@@ -40,8 +40,7 @@ static inline bool ksm_cas32_seqcst(uint32_t *p, uint32_t expected, uint32_t des
 static inline void ksm_raise_release(uint64_t *p, uint64_t v)
 {
 	uint64_t old = ksm_load_relaxed(p);
-	while (old < v &&
-	       !__atomic_compare_exchange_n(p, &old, v, true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+	while (old < v && !__atomic_compare_exchange_n(p, &old, v, true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
 		;
 }
 

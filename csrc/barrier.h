@@ -48,7 +48,7 @@ struct ksm_barrier {
 	/* of the open window */
 	char *at;
 	size_t pages;
-	const char *view; /* the pages' bytes, exact and unchanging while it is open */
+	const char *view;               /* the pages' bytes, exact and unchanging while it is open */
 	uint8_t fate[KSM_WINDOW_PAGES]; /* enum ksm_window_page */
 	/* of the implementation */
 	int uffd;

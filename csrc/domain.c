@@ -360,60 +360,6 @@ int ksm_domain_settle(struct ksm_domain *domain, uint32_t timeout_ms, struct ksm
 	return 0;
 }
 
-/* ---- settings and cleaning ---------------------------------------------------------------------------------------- */
-
-int ksm_settings_read(const struct ksm_domain_options *options, struct ksm_settings *out, uint32_t *peers)
-{
-	struct ksm_rendezvous rendezvous;
-	struct ksm_peer nobody = {0};
-	if (peers)
-		*peers = 0;
-	int r = ksm_rendezvous_open(options, false, &rendezvous);
-	if (r == -ENOENT) {
-		ksm_settings_default(out);
-		return 0;
-	}
-	if (r)
-		return r;
-	r = ksm_rendezvous_settings(rendezvous.file, out);
-	nobody.fds.file = rendezvous.file;
-	int count = ksm_peer_count(&nobody);
-	if (peers && count > 0)
-		*peers = (uint32_t)count;
-	ksm_rendezvous_close(&rendezvous);
-	return r ? r : KSM_MIN(count, 0);
-}
-
-int ksm_settings_write(const struct ksm_domain_options *options, const struct ksm_settings *settings)
-{
-	struct ksm_rendezvous rendezvous;
-	int r = ksm_rendezvous_open(options, true, &rendezvous);
-	if (r)
-		return r;
-	r = ksm_rendezvous_lock(rendezvous.file, KSM_LOCK_SETTINGS, 1000);
-	if (!r)
-		r = ksm_rendezvous_set_settings(rendezvous.file, settings);
-	ksm_os_unlock(rendezvous.file, KSM_LOCK_SETTINGS);
-	ksm_rendezvous_close(&rendezvous);
-	return r;
-}
-
-int ksm_domain_clean(const struct ksm_domain_options *options)
-{
-	struct ksm_rendezvous rendezvous;
-	int r = ksm_rendezvous_open(options, false, &rendezvous);
-	if (r)
-		return r;
-	r = ksm_rendezvous_lock(rendezvous.file, KSM_LOCK_JOIN, 1000);
-	if (!r)
-		r = ksm_rendezvous_is_inhabited(rendezvous.file);
-	r = r > 0 || r == -EAGAIN ? -EBUSY : r;
-	if (!r)
-		r = ksm_rendezvous_clear(&rendezvous, true);
-	ksm_rendezvous_close(&rendezvous);
-	return r;
-}
-
 /* ---- the process ---------------------------------------------------------------------------------------------------- */
 
 void ksm_domains_resume(void)

@@ -11,8 +11,8 @@ struct ksm_domain {
 	struct ksm_worker worker;
 	struct ksm_domain *next; /* of the process's */
 	uint64_t references;
-	pthread_mutex_t memory;  /* the arenas' books: spans and slabs */
-	uint32_t arenas_made;    /* to place each one's frames */
+	pthread_mutex_t memory; /* the arenas' books: spans and slabs */
+	uint32_t arenas_made;   /* to place each one's frames */
 };
 
 /* One more reference. */

@@ -83,8 +83,8 @@ size_t ksm_exchange_poll_set(const struct ksm_exchange *exchange, struct pollfd 
 	return n;
 }
 
-static void answer(struct ksm_exchange *exchange, const struct ksm_peer *peer, int fd, const struct ksm_message *request,
-		   bool ourselves)
+static void answer(struct ksm_exchange *exchange, const struct ksm_peer *peer, int fd,
+		   const struct ksm_message *request, bool ourselves)
 {
 	int fds[KSM_OS_FDS_MAX];
 	size_t nfds = 0;
@@ -177,8 +177,8 @@ void ksm_exchange_serve(struct ksm_exchange *exchange, const struct ksm_peer *pe
  * One request to one peer. Returns the number of descriptors in fds, or an error; -EAGAIN: no answer in time.
  * exchange and peer may be NULL: nobody to serve meanwhile (EXCH-2).
  */
-static int ask(int directory, ksm_slotno slot, const struct ksm_message *request, int fds[KSM_OS_FDS_MAX], uint64_t deadline,
-	       struct ksm_exchange *exchange, const struct ksm_peer *peer)
+static int ask(int directory, ksm_slotno slot, const struct ksm_message *request, int fds[KSM_OS_FDS_MAX],
+	       uint64_t deadline, struct ksm_exchange *exchange, const struct ksm_peer *peer)
 {
 	struct pollfd set[KSM_EXCHANGE_POLL + 1];
 	struct ksm_message reply;
@@ -198,7 +198,8 @@ static int ask(int directory, ksm_slotno slot, const struct ksm_message *request
 		size_t nfds = KSM_OS_FDS_MAX;
 		int n = ksm_os_receive(fd, &reply, sizeof(reply), fds, &nfds);
 		if (n != -EAGAIN) {
-			bool good = n == (int)sizeof(reply) && reply.magic == KSM_MAGIC && reply.kind == KSM_MESSAGE_ANSWER;
+			bool good =
+				n == (int)sizeof(reply) && reply.magic == KSM_MAGIC && reply.kind == KSM_MESSAGE_ANSWER;
 			r = n < 0 ? n : !good ? -ECONNRESET : reply.status ? reply.status : (int)nfds;
 			if (r != (int)nfds)
 				for (size_t i = 0; i < nfds; i++)
@@ -254,7 +255,8 @@ int ksm_exchange_join(int directory, int file, uint32_t timeout_ms, int *control
 	return r;
 }
 
-int ksm_exchange_fetch_bitmap(struct ksm_exchange *exchange, struct ksm_peer *peer, ksm_slotno slot, uint32_t timeout_ms)
+int ksm_exchange_fetch_bitmap(struct ksm_exchange *exchange, struct ksm_peer *peer, ksm_slotno slot,
+			      uint32_t timeout_ms)
 {
 	struct ksm_message request = {
 		.magic = KSM_MAGIC, .kind = KSM_MESSAGE_BITMAP, .slot = slot, .layout = ksm_layout_hash()};

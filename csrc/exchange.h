@@ -20,7 +20,7 @@ struct ksm_exchange {
 		int fd; /* -1: free */
 		uint64_t since_ns;
 	} clients[KSM_EXCHANGE_CLIENTS];
-	bool woken; /* somebody sent a wake */
+	bool woken;           /* somebody sent a wake */
 	int seeds[KSM_SEEDS]; /* what to hand to a thread of our own process that asks; -1: nothing */
 };
 
@@ -45,7 +45,8 @@ int ksm_exchange_join(int directory, int file, uint32_t timeout_ms, int *control
  * Get the bitmap of peer->missing and attach it, from itself or from anybody who has it, serving others meanwhile.
  * Takes the merge lock for the attaching only. 0, or -EAGAIN: not now.
  */
-int ksm_exchange_fetch_bitmap(struct ksm_exchange *exchange, struct ksm_peer *peer, ksm_slotno slot, uint32_t timeout_ms);
+int ksm_exchange_fetch_bitmap(struct ksm_exchange *exchange, struct ksm_peer *peer, ksm_slotno slot,
+			      uint32_t timeout_ms);
 /* From another thread of the process whose scanner serves `slot`: its seeds, in order. Returns how many. */
 int ksm_exchange_seeds(int directory, ksm_slotno slot, int fds[KSM_OS_FDS_MAX]);
 /* Shorten the sleep of another peer's scanner. */

@@ -23,8 +23,8 @@
 /* VmFlags of smaps (Documentation/filesystems/proc.rst) that a replaced mapping would lose or that make it special. */
 static bool flags_are_plain(const char *flags)
 {
-	static const char *const special[] = {"sh", "gd", "pf", "lo", "io", "dc", "de", "ht", "wf", "dd",
-					      "mm", "uw", "um", "ss", "sl", "dp"};
+	static const char *const special[] = {"sh", "gd", "pf", "lo", "io", "dc", "de", "ht",
+					      "wf", "dd", "mm", "uw", "um", "ss", "sl", "dp"};
 	for (size_t i = 0; i < KSM_COUNT(special); i++) {
 		for (const char *at = flags; (at = strstr(at, special[i])); at += 2)
 			if (at[-1] == ' ' && (at[2] == ' ' || at[2] == '\n' || at[2] == 0))

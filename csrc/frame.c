@@ -8,12 +8,13 @@
  * The store is a memory file that nobody maps except where a page is merged. Frames are written with pwrite (a
  * full file is an error, not a signal) and read for comparing with pread into memory of ours.
  *
- *    allocate   nobody's bit is set ─▶ CAS FREE→ALLOC(me) ─▶ set my bit ─▶ pwrite ─▶ CAS ALLOC(me)→PUBLISHED
+ *    allocate   set my bit ─▶ full fence ─▶ nobody else's is set, nobody came ─▶ CAS FREE→ALLOC(me) ─▶ pwrite ─▶
+ *               CAS ALLOC(me)→PUBLISHED
  *    take       set my bit ─▶ full fence ─▶ read the cell: PUBLISHED, same generation? ─▶ compare ─▶ map
  *    put        unmap ─▶ count - 1 ─▶ zero? clear my bit, mark the chunk for the sweep
  *
  * FRAME-1. A frame is handed out only if no living peer's bit is set, whatever its cell says: a scribbled FREE
- *          must not give away what somebody has mapped.
+ *          must not give away what somebody has mapped, nor what somebody else is about to write.
  * FRAME-2. The bytes of a frame are written only between FREE→ALLOC and ALLOC→PUBLISHED, by its owner.
  * FRAME-3. Nothing about a frame is believed between setting the bit and reading the cell after a full fence.
  * FRAME-4. A process that is not dumpable by its own choice publishes nothing.
@@ -56,13 +57,18 @@ static bool try_allocate(struct ksm_peer *peer, ksm_frameno frame)
 	uint64_t old = ksm_load_acquire(cell_of(peer, frame));
 	if (ksm_cell_state(old) != KSM_CELL_FREE || peer->counts[frame])
 		return false;
-	if (ksm_bits_of_all(peer, frame & ~63u) >> (frame % 64) & 1) /* FRAME-1 */
+	if (ksm_bits_of_others(peer, frame & ~63u) >> (frame % 64) & 1) /* not worth the trouble */
 		return false;
-	uint64_t mine = ksm_cell_make(KSM_CELL_ALLOC, peer->seat.slot, peer->seat.epoch, ksm_cell_generation(old));
-	if (!ksm_cas_seqcst(cell_of(peer, frame), old, mine))
-		return false;
-	ksm_raise_release(&peer->control->frames_high, (uint64_t)frame + 1);
 	ksm_bit_set(peer, frame);
+	ksm_fence_seqcst(); /* FRAME-1: of two who want the same frame, at least one sees the other's bit */
+	uint64_t mine = ksm_cell_make(KSM_CELL_ALLOC, peer->seat.slot, peer->seat.epoch, ksm_cell_generation(old));
+	if (ksm_bits_of_others(peer, frame & ~63u) >> (frame % 64) & 1 ||
+	    ksm_load_seqcst(&peer->control->peer_epoch) != peer->living_epoch ||
+	    !ksm_cas_seqcst(cell_of(peer, frame), old, mine)) {
+		ksm_bit_clear(peer, frame);
+		return false;
+	}
+	ksm_raise_release(&peer->control->frames_high, (uint64_t)frame + 1);
 	refer(peer, frame);
 	return true;
 }
@@ -175,7 +181,11 @@ void ksm_frame_put(struct ksm_peer *peer, ksm_frameno frame, size_t count)
 
 int ksm_frame_write(struct ksm_peer *peer, ksm_frameno frame, size_t count, const void *from)
 {
-	return ksm_os_pwrite(peer->fds.store, from, count * KSM_PAGE_SIZE, (uint64_t)frame * KSM_PAGE_SIZE);
+	uint64_t offset = (uint64_t)frame * KSM_PAGE_SIZE;
+	int r = ksm_os_pwrite(peer->fds.store, from, count * KSM_PAGE_SIZE, offset);
+	if (r) /* what was written of it is nobody's */
+		ksm_os_punch(peer->fds.store, offset, count * KSM_PAGE_SIZE);
+	return r;
 }
 
 int ksm_frame_read(struct ksm_peer *peer, ksm_frameno frame, size_t count, void *to)

@@ -82,8 +82,9 @@ ksm_frameno ksm_index_take(struct ksm_index *index, struct ksm_peer *peer, uint6
 {
 	uint64_t best = 0;
 	unsigned levels = ksm_table_levels(&index->frames);
-	for (unsigned level = 0; level < levels; level++) {
-		uint64_t *bucket = ksm_table_bucket(&index->frames, level, digest);
+	for (unsigned n = 0; n < levels * KSM_TABLE_CHOICES; n++) {
+		uint64_t *bucket =
+			ksm_table_bucket(&index->frames, n / KSM_TABLE_CHOICES, n % KSM_TABLE_CHOICES, digest);
 		for (unsigned i = 0; i < KSM_TABLE_BUCKET; i++) {
 			uint64_t word = ksm_load_acquire(&bucket[i]);
 			if (!index_word_fits(peer, word, digest))
@@ -114,7 +115,8 @@ static uint64_t candidate_tag(uint64_t digest)
 static uint64_t candidate_word(const struct ksm_peer *peer, uint64_t digest, const void *page)
 {
 	uint64_t hashed = ((uint64_t)((uintptr_t)page >> KSM_PAGE_SHIFT) * 0x9e3779b97f4a7c15ull) >> 52;
-	return candidate_tag(digest) | (uint64_t)(peer->seat.slot & 0x3ff) << 15 | (peer->seat.epoch & 7) << 12 | hashed;
+	return candidate_tag(digest) | (uint64_t)(peer->seat.slot & 0x3ff) << 15 | (peer->seat.epoch & 7) << 12 |
+	       hashed;
 }
 
 static bool owner_is_living(const struct ksm_peer *peer, uint64_t word)
@@ -140,8 +142,9 @@ static bool candidates_visit(struct ksm_index *index, uint64_t digest,
 			     bool (*visit)(void *context, uint64_t *at, uint64_t word), void *context)
 {
 	unsigned levels = ksm_table_levels(&index->candidates);
-	for (unsigned level = 0; level < levels; level++) {
-		uint64_t *bucket = ksm_table_bucket(&index->candidates, level, digest);
+	for (unsigned n = 0; n < levels * KSM_TABLE_CHOICES; n++) {
+		uint64_t *bucket =
+			ksm_table_bucket(&index->candidates, n / KSM_TABLE_CHOICES, n % KSM_TABLE_CHOICES, digest);
 		for (unsigned i = 0; i < KSM_TABLE_BUCKET; i++) {
 			uint64_t word = ksm_load_acquire(&bucket[i]);
 			if ((word ^ candidate_tag(digest)) >> TAG_SHIFT == 0 && visit(context, &bucket[i], word))

@@ -24,7 +24,7 @@ extern "C" {
 
 #define KSM_API __attribute__((visibility("default")))
 
-#define KSM_NAME_MAX 63   /* bytes of a domain's name, without the final zero */
+#define KSM_NAME_MAX 63    /* bytes of a domain's name, without the final zero */
 #define KSM_PEERS_MAX 1024 /* processes in one domain */
 
 struct ksm_domain; /* this process's membership in one domain; counted references */
@@ -55,8 +55,8 @@ struct ksm_domain_options {
 	const char *name;        /* NULL: "default". Letters, digits, '.', '_', '-'; not starting with '.' */
 	const char *path;        /* NULL: /dev/shm/ksmalloc-UID. The rendezvous is the directory path/name */
 	uint64_t capacity_bytes; /* 0: this machine's memory. Only the first peer's counts */
-	int backing;             /* enum ksm_backing. Only the first peer's counts; asking for another one: KSM_EBACKING */
-	int barrier;             /* enum ksm_barrier_kind */
+	int backing; /* enum ksm_backing. Only the first peer's counts; asking for another one: KSM_EBACKING */
+	int barrier; /* enum ksm_barrier_kind */
 	/* backing shm: a new, empty named object "/ksmalloc-UID-<32 hex digits of store_id>", made by the caller, so that
 	 * the core knows no name service. The descriptor stays the caller's. If ksm_domain_id() is not store_id
 	 * afterwards, the domain existed already and the object was not needed: the caller removes it. */
@@ -100,8 +100,8 @@ struct ksm_stats {
 	uint64_t store_bytes;    /* blocks the store occupies (self: 0) */
 	uint32_t peers;
 	uint32_t page_size;
-	int32_t barrier;         /* enum ksm_barrier_kind of this process */
-	int32_t why_not;         /* 0, or the code of what keeps this process from merging */
+	int32_t barrier; /* enum ksm_barrier_kind of this process */
+	int32_t why_not; /* 0, or the code of what keeps this process from merging */
 };
 
 KSM_API int ksm_domain_stats(struct ksm_domain *domain, struct ksm_stats *out);
@@ -211,7 +211,7 @@ KSM_API int ksm_arena_stats(struct ksm_arena *arena, struct ksm_arena_stats *out
  * memory without special flags), KSM_EOVERLAP (some page is registered or an arena's already).
  */
 KSM_API int ksm_region_register(struct ksm_domain *domain, void *address, size_t nbytes, struct ksm_region **out,
-                                size_t *pages);
+				size_t *pages);
 /* Restores anonymous memory with the same contents, then forgets it. The caller has no direct I/O in flight
  * to it. On error the region stays registered and valid. */
 KSM_API int ksm_region_unregister(struct ksm_region *region);

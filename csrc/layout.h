@@ -53,14 +53,17 @@ enum ksm_cell_state {
 	KSM_CELL_FREE = 0,
 	KSM_CELL_ALLOC = 1,
 	KSM_CELL_PUBLISHED = 2,
-	KSM_CELL_DYING = 3,      /* was PUBLISHED */
-	KSM_CELL_DYING_RAW = 4,  /* was ALLOC of a dead owner: its bytes were never vouched for, it can only be freed */
+	KSM_CELL_DYING = 3, /* was PUBLISHED, and is being freed */
+	/* Taken over from a dead owner, who may have written half of it or punched it already: nobody vouches for its
+	 * bytes, and it can only be freed. */
+	KSM_CELL_DYING_RAW = 4,
 };
 
 #define KSM_CELL_STATE_SHIFT 61
 #define KSM_CELL_SLOT_SHIFT 47
 #define KSM_CELL_EPOCH_SHIFT 32
 #define KSM_CELL_SLOT_MASK 0x3fffull
+#define KSM_CELL_NOBODY KSM_CELL_SLOT_MASK /* an owner that never lives */
 #define KSM_CELL_EPOCH_MASK 0x7fffull
 
 static inline uint64_t ksm_cell_make(enum ksm_cell_state state, ksm_slotno slot, uint32_t slot_epoch,
@@ -98,12 +101,12 @@ static inline uint32_t ksm_cell_generation(uint64_t cell)
  * they say about a slot whose lock is free means nothing.
  */
 struct ksm_slot {
-	uint32_t epoch;      /* raised by one each time the slot is taken; identifies the incarnation */
-	int32_t pid;         /* for people */
-	uint32_t sleeping;   /* 1: a wake message would shorten its sleep */
-	uint64_t quiet_at;   /* value of ksm_control.changes before its last forced pass that merged nothing */
+	uint32_t epoch;       /* raised by one each time the slot is taken; identifies the incarnation */
+	int32_t pid;          /* for people */
+	uint32_t sleeping;    /* 1: a wake message would shorten its sleep */
+	uint64_t quiet_at;    /* value of ksm_control.changes before its last forced pass that merged nothing */
 	uint64_t settled_seq; /* value of ksm_control.settle_seq before that pass */
-	int32_t barrier;     /* enum ksm_barrier_kind */
+	int32_t barrier;      /* enum ksm_barrier_kind */
 	int32_t why_not;
 	uint64_t counters[32]; /* enum ksm_counter of stats.h */
 };
@@ -113,30 +116,33 @@ _Static_assert(sizeof(struct ksm_slot) <= KSM_SLOT_SIZE, "a slot outgrew its roo
 
 /* ---- levels of a table: see table.c ------------------------------------------------------------- */
 
-#define KSM_TABLE_LEVELS 12
-#define KSM_TABLE_FIRST_SHIFT 12 /* words in the first level: 4,096; each further one has four times as many */
-#define KSM_TABLE_BUCKET 8       /* words probed in a level: one cache line */
+#define KSM_TABLE_LEVELS 20
+#define KSM_TABLE_FIRST_SHIFT 12 /* words in the first level: 4,096; each further one has twice as many */
+#define KSM_TABLE_BUCKET 8       /* words in a bucket: one cache line */
+#define KSM_TABLE_CHOICES 2      /* buckets of a level in which a digest may lie */
 
 /* ---- the control memfd --------------------------------------------------------------------------- */
 
 struct ksm_control {
 	uint64_t magic;
 	uint32_t version;
-	uint32_t layout;      /* hash over the sizes and offsets of everything here */
-	uint8_t id[16];       /* random; the same as in the domain file */
-	uint64_t frames;      /* capacity of the store */
-	uint32_t backing;     /* enum ksm_backing */
+	uint32_t layout;  /* hash over the sizes and offsets of everything here */
+	uint8_t id[16];   /* random; the same as in the domain file */
+	uint64_t frames;  /* capacity of the store */
+	uint32_t backing; /* enum ksm_backing */
 	uint32_t reserved;
 	/* all above: written once by the creator before anybody else has the descriptor */
 
-	uint64_t peer_epoch;  /* seq-cst; raised after a liveness lock is taken, before the first bit of that peer is set */
+	/* seq-cst; raised by a joiner after its liveness lock is taken and before its first bit is set, and for the
+	 * child of a fork after its bits are copied */
+	uint64_t peer_epoch;
 	uint64_t frames_high; /* frames [0, frames_high) have ever been allocated */
 	uint64_t changes;     /* raised by every publication and every candidate: somebody may find a twin now */
 	uint64_t settle_seq;  /* raised by every settle: all peers make passes until they are quiet */
 	uint64_t sweeps;      /* sweeps that freed something */
 	uint64_t frames_freed;
-	uint32_t no_sweep;    /* 1, for good: some process could not be given a slot, so nothing is ever freed */
-	uint32_t index_levels;     /* levels in use, raised by compare-and-swap */
+	uint32_t no_sweep;     /* 1, for good: some process could not be given a slot, so nothing is ever freed */
+	uint32_t index_levels; /* levels in use, raised by compare-and-swap */
 	uint32_t candidate_levels;
 	uint32_t reserved2;
 };
@@ -148,11 +154,11 @@ struct ksm_control {
 
 struct ksm_bitmap {
 	uint64_t magic;
-	uint8_t id[16];      /* the domain's */
+	uint8_t id[16]; /* the domain's */
 	uint32_t slot;
 	uint32_t slot_epoch;
-	uint64_t frames;     /* room */
-	uint64_t high;       /* bits [0, high) are valid; raised (release) before the first bit above is set */
+	uint64_t frames; /* room */
+	uint64_t high;   /* bits [0, high) are valid; raised (release) before the first bit above is set */
 };
 
 #define KSM_BITMAP_BITS_OFFSET KSM_PAGE_SIZE
@@ -187,7 +193,7 @@ enum ksm_message_kind {
 	KSM_MESSAGE_BITMAP = 2, /* answer: the descriptor of slot's bitmap, or status -ENOENT */
 	KSM_MESSAGE_WAKE = 3,   /* no answer: there may be something new */
 	KSM_MESSAGE_ANSWER = 4,
-	KSM_MESSAGE_SEEDS = 5,  /* from a thread of our own process: everything a new scanner needs */
+	KSM_MESSAGE_SEEDS = 5, /* from a thread of our own process: everything a new scanner needs */
 };
 
 struct ksm_message {
@@ -215,14 +221,14 @@ struct ksm_layout {
 /* Words in levels 0 … levels - 1 of a table. */
 static inline uint64_t ksm_table_words(unsigned levels)
 {
-	return (((1ull << (2 * levels)) - 1) / 3) << KSM_TABLE_FIRST_SHIFT;
+	return ((1ull << levels) - 1) << KSM_TABLE_FIRST_SHIFT;
 }
 
 /* Levels a table may grow to so that its last one alone holds every frame twice. */
 static inline unsigned ksm_table_levels_for(uint64_t frames)
 {
 	unsigned levels = 1;
-	while (levels < KSM_TABLE_LEVELS && (1ull << (KSM_TABLE_FIRST_SHIFT + 2 * (levels - 1))) < 2 * frames)
+	while (levels < KSM_TABLE_LEVELS && (1ull << (KSM_TABLE_FIRST_SHIFT + levels - 1)) < 2 * frames)
 		levels++;
 	return levels;
 }
@@ -258,6 +264,7 @@ static inline uint32_t ksm_layout_hash(void)
 		KSM_CHUNK_SHIFT,
 		KSM_TABLE_FIRST_SHIFT,
 		KSM_TABLE_BUCKET,
+		KSM_TABLE_CHOICES,
 		sizeof(struct ksm_slot),
 		sizeof(struct ksm_control),
 		sizeof(struct ksm_bitmap),

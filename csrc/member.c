@@ -45,8 +45,7 @@ void ksm_member_init(struct ksm_member *member, const struct ksm_domain_options 
 	memset(member, 0, sizeof(*member));
 	if (options)
 		member->options = *options;
-	snprintf(member->name, sizeof(member->name), "%s",
-		 options && options->name ? options->name : "default");
+	snprintf(member->name, sizeof(member->name), "%s", options && options->name ? options->name : "default");
 	member->options.name = member->name;
 	if (options && options->path) {
 		snprintf(member->base, sizeof(member->base), "%s", options->path);
@@ -65,25 +64,10 @@ void ksm_member_init(struct ksm_member *member, const struct ksm_domain_options 
 
 /* ---- descriptors --------------------------------------------------------------------------------------- */
 
-static uint64_t inode_of(int fd)
+uint64_t ksm_member_inode(int fd)
 {
 	struct stat stat;
 	return fd >= 0 && !ksm_os_stat(fd, &stat) ? (uint64_t)stat.st_ino : 0;
-}
-
-/* A userfaultfd has no inode of its own. */
-static bool is_uffd(int fd)
-{
-	char path[48], target[48] = "";
-	snprintf(path, sizeof(path), "/proc/thread-self/fd/%d", fd);
-	return readlink(path, target, sizeof(target) - 1) > 0 && !strcmp(target, "anon_inode:[userfaultfd]");
-}
-
-static bool seed_is_good(const struct ksm_member *member, int seed, int fd)
-{
-	if (fd < 0)
-		return false;
-	return seed == KSM_SEED_UFFD ? is_uffd(fd) : member->inodes[seed] && inode_of(fd) == member->inodes[seed];
 }
 
 int ksm_member_own_table(struct ksm_member *member)
@@ -118,11 +102,11 @@ int ksm_member_own_table(struct ksm_member *member)
 
 static void remember_inodes(struct ksm_member *member)
 {
-	member->inodes[KSM_SEED_DIRECTORY] = inode_of(member->peer.fds.directory);
-	member->inodes[KSM_SEED_FILE] = inode_of(member->peer.fds.file);
-	member->inodes[KSM_SEED_CONTROL] = inode_of(member->peer.fds.control);
-	member->inodes[KSM_SEED_STORE] = inode_of(member->peer.fds.store);
-	member->inodes[KSM_SEED_BITMAP] = inode_of(member->peer.seat.bitmap_fd);
+	member->inodes[KSM_SEED_DIRECTORY] = ksm_member_inode(member->peer.fds.directory);
+	member->inodes[KSM_SEED_FILE] = ksm_member_inode(member->peer.fds.file);
+	member->inodes[KSM_SEED_CONTROL] = ksm_member_inode(member->peer.fds.control);
+	member->inodes[KSM_SEED_STORE] = ksm_member_inode(member->peer.fds.store);
+	member->inodes[KSM_SEED_BITMAP] = ksm_member_inode(member->peer.seat.bitmap_fd);
 }
 
 /* ---- joining ------------------------------------------------------------------------------------------- */
@@ -222,7 +206,7 @@ static int make_barrier(struct ksm_member *member, int uffd)
 }
 
 /* Sit down, get ready to scan, listen. */
-static int settle_in(struct ksm_member *member, int uffd)
+int ksm_member_settle_in(struct ksm_member *member, int uffd)
 {
 	struct ksm_peer *peer = &member->peer;
 	peer->fds.pagemap = ksm_os_open(AT_FDCWD, "/proc/self/pagemap", O_RDONLY, 0);
@@ -260,7 +244,7 @@ static int join_locked(struct ksm_member *member, const struct ksm_rendezvous *r
 	ksm_peer_sit(&member->peer, &seat);
 	ksm_index_attach(&member->index, &member->peer);
 	ksm_scanner_init(&member->scanner, &member->peer, &member->index, &member->exchange);
-	return settle_in(member, -1);
+	return ksm_member_settle_in(member, -1);
 }
 
 int ksm_member_join(struct ksm_member *member)
@@ -315,211 +299,4 @@ void ksm_member_leave(struct ksm_member *member)
 		unlink_object(id);
 	ksm_os_close(file);
 	member->joined = false;
-}
-
-/* ---- resuming ------------------------------------------------------------------------------------------ */
-
-static int take_seed(struct ksm_member *member, enum ksm_seed seed)
-{
-	int fd = member->seeds_here[seed];
-	return seed_is_good(member, seed, fd) ? fd : -1;
-}
-
-/* By path, if what is there is still the same. */
-static int reopen_rendezvous(struct ksm_member *member)
-{
-	struct ksm_peer *peer = &member->peer;
-	struct ksm_rendezvous rendezvous;
-	if (peer->fds.directory >= 0 && peer->fds.file >= 0)
-		return 0;
-	int r = ksm_rendezvous_open(&member->options, false, &rendezvous);
-	if (r)
-		return r;
-	if (inode_of(rendezvous.directory) != member->inodes[KSM_SEED_DIRECTORY] ||
-	    inode_of(rendezvous.file) != member->inodes[KSM_SEED_FILE]) {
-		ksm_rendezvous_close(&rendezvous);
-		return KSM_ELOST;
-	}
-	ksm_os_close(peer->fds.directory);
-	ksm_os_close(peer->fds.file);
-	peer->fds.directory = rendezvous.directory;
-	peer->fds.file = rendezvous.file;
-	return 0;
-}
-
-/* From another peer. Our own slot is among the living, but nobody listens there yet. */
-static int refetch(struct ksm_member *member)
-{
-	struct ksm_peer *peer = &member->peer;
-	int control, store;
-	if (peer->fds.control >= 0 && peer->fds.store >= 0)
-		return 0;
-	if (ksm_exchange_join(peer->fds.directory, peer->fds.file, 500, &control, &store))
-		return KSM_ELOST;
-	if (inode_of(control) != member->inodes[KSM_SEED_CONTROL] || inode_of(store) != member->inodes[KSM_SEED_STORE]) {
-		ksm_os_close(control);
-		ksm_os_close(store);
-		return KSM_ELOST;
-	}
-	ksm_os_close(peer->fds.control);
-	ksm_os_close(peer->fds.store);
-	peer->fds.control = control;
-	peer->fds.store = store;
-	return 0;
-}
-
-/* The bitmap's descriptor is gone, so newcomers could not get it: move to a new seat with the same bits. */
-static int change_seat(struct ksm_member *member)
-{
-	struct ksm_peer *peer = &member->peer;
-	struct ksm_seat seat, old = peer->seat;
-	int r = ksm_seat_take(peer, false, &seat);
-	if (r)
-		return r;
-	struct ksm_slot *from = peer->self;
-	ksm_merge_lock(peer);
-	ksm_seat_copy_bits(&seat, &old);
-	ksm_peer_sit(peer, &seat);
-	memcpy(peer->self->counters, from->counters, sizeof(from->counters));
-	member->inodes[KSM_SEED_BITMAP] = inode_of(seat.bitmap_fd);
-	ksm_merge_unlock(peer);
-	ksm_fence_seqcst(); /* the new bits stand before the old lock goes */
-	ksm_seat_leave(&old);
-	return 0;
-}
-
-int ksm_member_resume(struct ksm_member *member)
-{
-	struct ksm_peer *peer = &member->peer;
-	if (member->lost)
-		return KSM_ELOST;
-	peer->fds.directory = take_seed(member, KSM_SEED_DIRECTORY);
-	peer->fds.file = take_seed(member, KSM_SEED_FILE);
-	peer->fds.control = take_seed(member, KSM_SEED_CONTROL);
-	peer->fds.store = take_seed(member, KSM_SEED_STORE);
-	peer->fds.pagemap = -1;
-	peer->seat.bitmap_fd = take_seed(member, KSM_SEED_BITMAP);
-	peer->living_known = false;
-	int r = reopen_rendezvous(member);
-	if (!r)
-		r = refetch(member);
-	if (!r && peer->seat.bitmap_fd < 0)
-		r = change_seat(member);
-	int child = take_seed(member, KSM_SEED_CHILD);
-	if (!r && child >= 0) /* so that others can have it from us as long as the child has no scanner */
-		ksm_peer_attach_bitmap(peer, member->child.slot, child);
-	if (!r)
-		r = settle_in(member, take_seed(member, KSM_SEED_UFFD));
-	if (r)
-		ksm_store_relaxed(&peer->self->why_not, r);
-	return r;
-}
-
-/* ---- fork ---------------------------------------------------------------------------------------------- */
-
-int ksm_member_prepare_child(struct ksm_member *member)
-{
-	struct ksm_peer *peer = &member->peer;
-	int *seeds = member->exchange.seeds;
-	int r = ksm_seat_take(peer, true, &member->child);
-	if (r)
-		return r;
-	seeds[KSM_SEED_DIRECTORY] = peer->fds.directory;
-	seeds[KSM_SEED_FILE] = peer->fds.file;
-	seeds[KSM_SEED_CONTROL] = peer->fds.control;
-	seeds[KSM_SEED_STORE] = peer->fds.store;
-	seeds[KSM_SEED_BITMAP] = peer->seat.bitmap_fd;
-	seeds[KSM_SEED_CHILD] = member->child.bitmap_fd;
-	seeds[KSM_SEED_UFFD] = member->scanner.barrier.uffd;
-	member->inodes[KSM_SEED_CHILD] = inode_of(member->child.bitmap_fd);
-	return 0;
-}
-
-void ksm_member_fetch_seeds(struct ksm_member *member)
-{
-	int fds[KSM_OS_FDS_MAX];
-	int directory = open(member->directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
-	int n = directory < 0 ? 0 : ksm_exchange_seeds(directory, member->peer.seat.slot, fds);
-	ksm_os_close(directory);
-	for (int i = 0; i < n; i++) {
-		if (i < KSM_SEEDS)
-			member->seeds[i] = fds[i];
-		else
-			ksm_os_close(fds[i]);
-	}
-}
-
-void ksm_member_fork_prepare(struct ksm_member *member)
-{
-	struct ksm_peer *peer = &member->peer;
-	if (member->child.slot == KSM_NO_SLOT) {
-		if (peer->control)
-			ksm_store_release(&peer->control->no_sweep, 1); /* MEMBER-2 */
-		return;
-	}
-	ksm_seat_copy_bits(&member->child, &peer->seat);
-	struct ksm_slot *slot = ksm_peer_slot(peer, member->child.slot);
-	static const enum ksm_counter gauges[] = {KSM_PAGES_MERGED, KSM_PAGES_BROKEN, KSM_PAGES_ZERO,
-						  KSM_FRAMES_REFERRED, KSM_VMAS_USED, KSM_VMA_BUDGET};
-	for (size_t i = 0; i < KSM_COUNT(gauges); i++)
-		ksm_count_set(slot, gauges[i], ksm_counter_of(peer->self, gauges[i]));
-	ksm_fence_seqcst();
-}
-
-/* The scanner's private memory, gone with it (in the child it was never inherited). */
-static void forget_scanner(struct ksm_member *member, bool mapped)
-{
-	struct ksm_scanner *scanner = &member->scanner;
-	if (mapped) {
-		ksm_merger_fini(&scanner->merger);
-		if (scanner->barrier.scratch)
-			munmap(scanner->barrier.scratch, (size_t)KSM_WINDOW_PAGES << KSM_PAGE_SHIFT);
-	}
-	scanner->merger.buffer = NULL;
-	memset(&scanner->barrier, 0, sizeof(scanner->barrier));
-	scanner->barrier.uffd = -1;
-	ksm_exchange_init(&member->exchange);
-	member->peer.fds = (struct ksm_descriptors){-1, -1, -1, -1, -1};
-	member->peer.living_known = false;
-}
-
-void ksm_member_fork_parent(struct ksm_member *member)
-{
-	forget_scanner(member, true);
-	ksm_peer_forget_descriptors(&member->peer, true);
-	member->peer.seat.bitmap_fd = -1;
-	ksm_seat_unmap(&member->child); /* the child's copy of the mapping keeps its lock */
-}
-
-void ksm_member_fork_child(struct ksm_member *member)
-{
-	struct ksm_peer *peer = &member->peer;
-	forget_scanner(member, false);
-	ksm_peer_forget_descriptors(peer, false);
-	ksm_os_close(member->seeds[KSM_SEED_UFFD]); /* it acts on the parent's memory */
-	ksm_os_close(member->seeds[KSM_SEED_BITMAP]);
-	member->seeds[KSM_SEED_UFFD] = -1;
-	member->seeds[KSM_SEED_BITMAP] = member->seeds[KSM_SEED_CHILD];
-	member->inodes[KSM_SEED_BITMAP] = member->inodes[KSM_SEED_CHILD];
-	member->seeds[KSM_SEED_CHILD] = -1;
-	ksm_merge_lock_renew(peer);
-	if (member->child.slot == KSM_NO_SLOT) {
-		member->lost = true;
-		ksm_peer_sit_nowhere(peer);
-		return;
-	}
-	member->child.bitmap_fd = -1;
-	ksm_seat_keep(peer, &member->child);
-	ksm_peer_sit(peer, &member->child);
-	peer->self->pid = (int32_t)getpid();
-	member->child = (struct ksm_seat){.slot = KSM_NO_SLOT, .bitmap_fd = -1};
-}
-
-void ksm_member_drop_seeds(struct ksm_member *member, bool ours)
-{
-	for (int seed = 0; seed < KSM_SEEDS; seed++) {
-		if (ours && seed_is_good(member, seed, member->seeds[seed]))
-			ksm_os_close(member->seeds[seed]);
-		member->seeds[seed] = -1;
-	}
 }

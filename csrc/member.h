@@ -67,4 +67,11 @@ void ksm_member_fork_child(struct ksm_member *member);
  * caller's, as the store of a named object is. */
 void ksm_member_drop_seeds(struct ksm_member *member, bool ours);
 
+/* ---- shared by member.c and member_fork.c -------------------------------------------------------------- */
+
+/* 0: no such descriptor. */
+uint64_t ksm_member_inode(int fd);
+/* Seated: open what a scanner needs, choose the barrier, listen. uffd: one to fall back on, or -1. */
+int ksm_member_settle_in(struct ksm_member *member, int uffd);
+
 #endif

@@ -60,19 +60,9 @@ void ksm_merger_rest(struct ksm_merger *merger)
 	ksm_os_advise(merger->buffer, KSM_STRETCH * KSM_PAGE_SIZE, MADV_DONTNEED);
 }
 
-static char *page_at(const struct ksm_merger *m, size_t i)
-{
-	return ksm_region_page(m->region, m->first + i);
-}
-
 static char *copy_at(const struct ksm_merger *m, size_t i)
 {
 	return m->buffer + i * KSM_PAGE_SIZE;
-}
-
-static void why_not(struct ksm_merger *m, int code)
-{
-	m->counts->why_not = code;
 }
 
 /* ---- look -------------------------------------------------------------------------------------------- */
@@ -105,7 +95,7 @@ static void look_at_private(struct ksm_merger *m, size_t i)
 		m->counts->skipped += (kind & (KSM_PAGE_SWAPPED | KSM_PAGE_FILE | KSM_PAGE_SHARED)) != 0;
 		return;
 	}
-	uint64_t digest = ksm_page_digest(page_at(m, i));
+	uint64_t digest = ksm_page_digest(ksm_merger_page(m, i));
 	enum ksm_dirty dirty = ksm_dirty_query(m->region, page, digest);
 	m->counts->scanned++;
 	m->digests[i] = digest;
@@ -120,15 +110,15 @@ static void look_at_private(struct ksm_merger *m, size_t i)
 		m->counts->skipped++;
 		return;
 	}
-	m->verdicts[i] = ksm_page_is_zero(page_at(m, i)) ? KSM_MERGE_DROP : KSM_MERGE_LOOK;
+	m->verdicts[i] = ksm_page_is_zero(ksm_merger_page(m, i)) ? KSM_MERGE_DROP : KSM_MERGE_LOOK;
 }
 
 static bool look(struct ksm_merger *m)
 {
 	bool any = false;
-	int r = ksm_os_pagemap(m->peer->fds.pagemap, page_at(m, 0), m->count, m->kinds);
+	int r = ksm_os_pagemap(m->peer->fds.pagemap, ksm_merger_page(m, 0), m->count, m->kinds);
 	if (r) {
-		why_not(m, r);
+		ksm_merger_why_not(m, r);
 		return false;
 	}
 	for (size_t i = 0; i < m->count; i++) {
@@ -141,79 +131,6 @@ static bool look(struct ksm_merger *m)
 	return any;
 }
 
-/* ---- find --------------------------------------------------------------------------------------------- */
-
-/* The frame of the page on the left: merged, or about to be. */
-static ksm_frameno left_frame(const struct ksm_merger *m, size_t i)
-{
-	if (i > 0 && m->verdicts[i - 1] == KSM_MERGE_MAP)
-		return m->targets[i - 1];
-	return m->first + i ? ksm_region_frame(m->region, m->first + i - 1) : KSM_NO_FRAME;
-}
-
-static bool try_promote(struct ksm_merger *m, size_t i)
-{
-	uint64_t digest = m->digests[i];
-	ksm_frameno left = left_frame(m, i), frame;
-	if (!ksm_candidate_claim(m->index, m->peer, digest, page_at(m, i)))
-		return false;
-	frame = ksm_index_take(m->index, m->peer, digest, KSM_NO_FRAME); /* written since we looked? */
-	if (frame != KSM_NO_FRAME) {
-		ksm_candidate_unclaim(m->index, m->peer, digest, page_at(m, i));
-		m->targets[i] = frame;
-		return true;
-	}
-	ksm_frameno want = left != KSM_NO_FRAME ? left + 1 : ksm_region_home(m->region, m->first + i);
-	int r = ksm_frame_alloc(m->peer, want, &frame);
-	if (r) {
-		ksm_candidate_unclaim(m->index, m->peer, digest, page_at(m, i));
-		why_not(m, r);
-		return false;
-	}
-	m->targets[i] = frame;
-	m->promoted[i] = true;
-	return true;
-}
-
-static bool find_target(struct ksm_merger *m, size_t i)
-{
-	uint64_t digest = m->digests[i];
-	ksm_frameno left = left_frame(m, i);
-	ksm_frameno expected = left == KSM_NO_FRAME ? ksm_region_home(m->region, m->first + i) : left + 1;
-	if (expected != KSM_NO_FRAME && expected < m->peer->layout.frames &&
-	    ksm_frame_looks_like(m->peer, expected, digest) && ksm_frame_take(m->peer, expected, 0, 0)) {
-		m->targets[i] = expected;
-		return true;
-	}
-	m->targets[i] = ksm_index_take(m->index, m->peer, digest, expected);
-	if (m->targets[i] != KSM_NO_FRAME)
-		return true;
-	switch (ksm_candidate_find(m->index, m->peer, digest, page_at(m, i))) {
-	case KSM_CANDIDATE_OTHER:
-		return try_promote(m, i);
-	case KSM_CANDIDATE_NONE:
-		ksm_candidate_add(m->index, m->peer, digest, page_at(m, i));
-		/* fall through */
-	case KSM_CANDIDATE_OURS:
-		ksm_region_move(m->region, m->first + i, KSM_PAGE_CANDIDATE, digest);
-		return false;
-	case KSM_CANDIDATE_CLAIMED:
-	default:
-		return false;
-	}
-}
-
-static void find(struct ksm_merger *m)
-{
-	for (size_t i = 0; i < m->count; i++) {
-		if (m->verdicts[i] != KSM_MERGE_LOOK)
-			continue;
-		bool found = find_target(m, i);
-		m->verdicts[i] = found ? KSM_MERGE_MAP : KSM_MERGE_LEAVE;
-		m->counts->unshared += !found;
-	}
-}
-
 /* ---- fetch -------------------------------------------------------------------------------------------- */
 
 /* Give the target of page i back: it will not be mapped. */
@@ -221,7 +138,7 @@ static void let_go(struct ksm_merger *m, size_t i)
 {
 	if (m->promoted[i]) {
 		ksm_frame_abandon(m->peer, m->targets[i]);
-		ksm_candidate_unclaim(m->index, m->peer, m->digests[i], page_at(m, i));
+		ksm_candidate_unclaim(m->index, m->peer, m->digests[i], ksm_merger_page(m, i));
 	} else {
 		ksm_frame_put(m->peer, m->targets[i], 1);
 	}
@@ -243,7 +160,7 @@ static void publish(struct ksm_merger *m, size_t i)
 {
 	uint32_t generation = ksm_frame_publish(m->peer, m->targets[i], m->digests[i]);
 	ksm_index_insert(m->index, m->peer, m->digests[i], m->targets[i], generation);
-	ksm_candidate_unclaim(m->index, m->peer, m->digests[i], page_at(m, i));
+	ksm_candidate_unclaim(m->index, m->peer, m->digests[i], ksm_merger_page(m, i));
 	m->promoted[i] = false; /* from here on a frame like any other */
 	m->counts->promoted++;
 	ksm_count(m->peer->self, KSM_PROMOTIONS, 1);
@@ -259,7 +176,7 @@ static void write_run(struct ksm_merger *m, size_t i, size_t n)
 			publish(m, j);
 	}
 	if (r) {
-		why_not(m, r);
+		ksm_merger_why_not(m, r);
 		ksm_count(m->peer->self, KSM_FAILURES, 1);
 	}
 }
@@ -270,7 +187,7 @@ static void read_run(struct ksm_merger *m, size_t i, size_t n)
 	if (r)
 		ksm_count(m->peer->self, KSM_FAILURES, 1);
 	for (size_t j = i; j < i + n; j++)
-		if (r || !ksm_page_equal(page_at(m, j), copy_at(m, j)))
+		if (r || !ksm_page_equal(ksm_merger_page(m, j), copy_at(m, j)))
 			let_go(m, j);
 }
 
@@ -280,7 +197,7 @@ static void fetch(struct ksm_merger *m)
 	for (size_t i = 0; i < m->count; i++) {
 		if (m->verdicts[i] != KSM_MERGE_MAP || !m->promoted[i])
 			continue;
-		memcpy(copy_at(m, i), page_at(m, i), KSM_PAGE_SIZE);
+		memcpy(copy_at(m, i), ksm_merger_page(m, i), KSM_PAGE_SIZE);
 		if (ksm_page_digest(copy_at(m, i)) != m->digests[i])
 			let_go(m, i); /* changed meanwhile */
 	}
@@ -325,7 +242,7 @@ static void keep_budget(struct ksm_merger *m)
 		if (costs && (n < least_run(m, used) || used + (after - before) > m->vma_budget)) {
 			for (size_t j = i; j < i + n; j++)
 				let_go(m, j);
-			why_not(m, KSM_EBUDGET);
+			ksm_merger_why_not(m, KSM_EBUDGET);
 		} else if (costs) {
 			used += after - before;
 		}
@@ -341,7 +258,7 @@ static void became_merged(struct ksm_merger *m, size_t i, size_t n)
 	for (size_t j = i; j < i + n; j++) {
 		if (ksm_region_state(m->region, m->first + j) == KSM_PAGE_CANDIDATE)
 			ksm_candidate_remove(m->index, m->peer, ksm_region_digest(m->region, m->first + j),
-					     page_at(m, j));
+					     ksm_merger_page(m, j));
 		ksm_region_move(m->region, m->first + j, KSM_PAGE_MERGED, m->targets[j]);
 		m->verdicts[j] = KSM_MERGE_LEAVE;
 	}
@@ -425,7 +342,7 @@ static void refused(struct ksm_merger *m, size_t i, size_t n, int error)
 	}
 	m->counts->skipped += affected;
 	if (error != -EBUSY) {
-		why_not(m, error);
+		ksm_merger_why_not(m, error);
 		ksm_count(m->peer->self, KSM_FAILURES, 1);
 	}
 }
@@ -442,7 +359,7 @@ static void windows(struct ksm_merger *m)
 			i++;
 			continue;
 		}
-		int r = ksm_window_open(m->barrier, page_at(m, i), n);
+		int r = ksm_window_open(m->barrier, ksm_merger_page(m, i), n);
 		if (r) {
 			refused(m, i, n, r);
 			i += r == -EBUSY ? 1 : n;
@@ -472,7 +389,7 @@ void ksm_merge_stretch(struct ksm_merger *merger, struct ksm_region *region, ksm
 	memset(merger->verdicts, KSM_MERGE_LEAVE, sizeof(merger->verdicts));
 	uint64_t skipped = counts->skipped;
 	if (look(merger) && merger->barrier->ops) {
-		find(merger);
+		ksm_merge_find(merger);
 		keep_budget(merger);
 		fetch(merger);
 		windows(merger);

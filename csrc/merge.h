@@ -43,6 +43,19 @@ struct ksm_merger {
 	uint8_t verdicts[KSM_STRETCH];
 };
 
+static inline char *ksm_merger_page(const struct ksm_merger *merger, size_t i)
+{
+	return ksm_region_page(merger->region, merger->first + i);
+}
+
+static inline void ksm_merger_why_not(struct ksm_merger *merger, int code)
+{
+	merger->counts->why_not = code;
+}
+
+/* A step of ksm_merge_stretch(): targets for the pages marked LOOK; they become MAP or LEAVE. */
+void ksm_merge_find(struct ksm_merger *merger);
+
 int ksm_merger_init(struct ksm_merger *merger, struct ksm_peer *peer, struct ksm_index *index,
 		    struct ksm_barrier *barrier);
 void ksm_merger_fini(struct ksm_merger *merger);

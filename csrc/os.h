@@ -17,12 +17,45 @@
 /* ---- faults on demand -------------------------------------------------------------------------- */
 
 #define KSM_OS_CALLS(X)                                                                                                \
-	X(MAP_ANON) X(MAP_FRAMES) X(MAP_SHARED) X(UNMAP) X(PROTECT) X(ADVISE) X(REMAP)                                 \
-	X(OPEN) X(PREAD) X(PWRITE) X(STAT) X(TRUNCATE) X(PUNCH) X(MEMFD) X(SEAL) X(LOCK) X(UNLINK) X(MKDIR) X(LIST)    \
-	X(UNSHARE_FILES) X(CLOSE_RANGE) X(RANDOM) X(THREAD) X(SIGNALFD) X(POLL)                                        \
-	X(UFFD_OPEN) X(UFFD_REGISTER) X(UFFD_UNREGISTER) X(UFFD_MOVE) X(UFFD_COPY) X(UFFD_WAKE) X(UFFD_PROTECT)        \
+	X(MAP_ANON)                                                                                                    \
+	X(MAP_FRAMES)                                                                                                  \
+	X(MAP_SHARED)                                                                                                  \
+	X(UNMAP)                                                                                                       \
+	X(PROTECT)                                                                                                     \
+	X(ADVISE)                                                                                                      \
+	X(REMAP)                                                                                                       \
+	X(OPEN)                                                                                                        \
+	X(PREAD)                                                                                                       \
+	X(PWRITE)                                                                                                      \
+	X(STAT)                                                                                                        \
+	X(TRUNCATE)                                                                                                    \
+	X(PUNCH)                                                                                                       \
+	X(MEMFD)                                                                                                       \
+	X(SEAL)                                                                                                        \
+	X(LOCK)                                                                                                        \
+	X(UNLINK)                                                                                                      \
+	X(MKDIR)                                                                                                       \
+	X(LIST)                                                                                                        \
+	X(UNSHARE_FILES)                                                                                               \
+	X(CLOSE_RANGE)                                                                                                 \
+	X(RANDOM)                                                                                                      \
+	X(THREAD)                                                                                                      \
+	X(SIGNALFD)                                                                                                    \
+	X(POLL)                                                                                                        \
+	X(UFFD_OPEN)                                                                                                   \
+	X(UFFD_REGISTER)                                                                                               \
+	X(UFFD_UNREGISTER)                                                                                             \
+	X(UFFD_MOVE)                                                                                                   \
+	X(UFFD_COPY)                                                                                                   \
+	X(UFFD_WAKE)                                                                                                   \
+	X(UFFD_PROTECT)                                                                                                \
 	X(PAGEMAP_SCAN)                                                                                                \
-	X(SOCKET) X(BIND) X(CONNECT) X(ACCEPT) X(SEND) X(RECEIVE)
+	X(SOCKET)                                                                                                      \
+	X(BIND)                                                                                                        \
+	X(CONNECT)                                                                                                     \
+	X(ACCEPT)                                                                                                      \
+	X(SEND)                                                                                                        \
+	X(RECEIVE)
 
 enum ksm_os_call {
 #define KSM_OS_CALL_ENUM(name) KSM_OS_##name,

@@ -107,9 +107,9 @@ int ksm_os_uffd_wake(int uffd, void *at, size_t nbytes)
 int ksm_os_uffd_protect(int uffd, void *at, size_t nbytes, bool on)
 {
 	KSM_FAULT(UFFD_PROTECT);
-	struct uffdio_writeprotect request = {
-		.range = {(uintptr_t)at, nbytes},
-		.mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : UFFDIO_WRITEPROTECT_MODE_DONTWAKE};
+	struct uffdio_writeprotect request = {.range = {(uintptr_t)at, nbytes},
+					      .mode = on ? UFFDIO_WRITEPROTECT_MODE_WP
+							 : UFFDIO_WRITEPROTECT_MODE_DONTWAKE};
 	return ioctl(uffd, UFFDIO_WRITEPROTECT, &request) ? -errno : 0;
 }
 

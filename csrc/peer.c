@@ -18,7 +18,9 @@
  *         mapping still refers to the frame.
  * REFS-2. Bits, counts and mappings of frames change under the merge lock only.
  * REFS-3. The peer epoch is raised after the liveness lock is held and before the first bit is set: a sweep that
- *         did not list this peer sees the epoch move, and undoes.
+ *         did not list this peer sees the epoch move, and undoes. A seat whose bits are copied from another's (the child
+ *         of a fork) raises it once more, after the copy: a sweep that read the copy half-made undoes too, even
+ *         if the original's bit is gone by the time it is read.
  * REFS-4. bitmap.high is raised before a bit above it is set; readers take what lies beyond for zeros (reading a
  *         hole of a memory file would allocate it).
  * REFS-5. A bitmap that is not at hand counts as all ones: nothing is freed and nothing allocated until it is.
@@ -110,8 +112,7 @@ static int map_all(struct ksm_peer *peer, int control)
 	return r;
 }
 
-int ksm_peer_create_control(struct ksm_peer *peer, int control, uint64_t frames, uint32_t backing,
-			    const uint8_t id[16])
+int ksm_peer_create_control(struct ksm_peer *peer, int control, uint64_t frames, uint32_t backing, const uint8_t id[16])
 {
 	ksm_layout_compute(frames, &peer->layout);
 	int r = ksm_os_truncate(control, peer->layout.total);
@@ -165,128 +166,6 @@ struct ksm_slot *ksm_peer_slot(const struct ksm_peer *peer, ksm_slotno slot)
 	return (struct ksm_slot *)((char *)peer->control + peer->layout.slots + (size_t)slot * KSM_SLOT_SIZE);
 }
 
-/* ---- seats ---------------------------------------------------------------------------------------- */
-
-static size_t bitmap_bytes(uint64_t frames)
-{
-	return KSM_BITMAP_BITS_OFFSET + ksm_page_round_up((frames + 63) / 64 * 8);
-}
-
-static int lock_some_slot(struct ksm_peer *peer, int file, ksm_slotno *out)
-{
-	for (ksm_slotno slot = 0; slot < KSM_PEERS_MAX; slot++) {
-		int r = ksm_os_lock_try(file, KSM_LOCK_LIVENESS + slot);
-		if (!r) {
-			*out = slot;
-			return 0;
-		}
-		if (r != -EAGAIN)
-			return r;
-	}
-	(void)peer;
-	return KSM_EPEERS;
-}
-
-static int make_bitmap(struct ksm_peer *peer, struct ksm_seat *seat)
-{
-	size_t nbytes = bitmap_bytes(peer->layout.frames);
-	void *map;
-	int fd = ksm_os_memfd("ksmalloc bitmap");
-	int r = fd < 0 ? fd : ksm_os_truncate(fd, nbytes);
-	if (!r)
-		r = ksm_os_map_shared(fd, nbytes, true, &map);
-	if (r) {
-		ksm_os_close(fd);
-		return r;
-	}
-	seat->bitmap = map;
-	seat->bits = (uint64_t *)((char *)map + KSM_BITMAP_BITS_OFFSET);
-	seat->bitmap->magic = KSM_MAGIC;
-	memcpy(seat->bitmap->id, peer->control->id, sizeof(seat->bitmap->id));
-	seat->bitmap->slot = seat->slot;
-	seat->bitmap->slot_epoch = seat->epoch;
-	seat->bitmap->frames = peer->layout.frames;
-	ksm_os_advise(map, nbytes, MADV_DONTDUMP);
-	r = ksm_os_seal(fd, SEALS_SIZE | F_SEAL_FUTURE_WRITE);
-	if (r) {
-		ksm_os_unmap(map, nbytes);
-		ksm_os_close(fd);
-		return r;
-	}
-	seat->bitmap_fd = fd;
-	return 0;
-}
-
-/* What the slot says belongs to whoever sat there before, dead now: start afresh under its lock. */
-static void occupy_slot(struct ksm_peer *peer, struct ksm_seat *seat)
-{
-	struct ksm_slot *slot = ksm_peer_slot(peer, seat->slot);
-	seat->epoch = ksm_load_relaxed(&slot->epoch) + 1;
-	if (seat->epoch > 1)
-		ksm_chunk_mark_all(peer);
-	memset((char *)slot + sizeof(slot->epoch), 0, sizeof(*slot) - sizeof(slot->epoch));
-	slot->pid = (int32_t)getpid();
-	ksm_store_release(&slot->epoch, seat->epoch);
-	ksm_add_seqcst(&peer->control->peer_epoch, 1); /* REFS-3 */
-}
-
-int ksm_seat_take(struct ksm_peer *peer, bool inherit, struct ksm_seat *out)
-{
-	struct ksm_seat seat = {.slot = KSM_NO_SLOT, .bitmap_fd = -1};
-	int file = ksm_os_reopen(peer->fds.file, peer->fds.directory, "domain");
-	int r = file < 0 ? file : lock_some_slot(peer, file, &seat.slot);
-	if (!r)
-		r = ksm_os_map_shared(file, KSM_PAGE_SIZE, false, &seat.lock_page);
-	if (!r && !inherit)
-		r = ksm_os_advise(seat.lock_page, KSM_PAGE_SIZE, MADV_DONTFORK);
-	ksm_os_close(file); /* the mapping keeps the description, and with it the lock */
-	if (!r) {
-		occupy_slot(peer, &seat);
-		r = make_bitmap(peer, &seat);
-	}
-	if (!r && !inherit)
-		r = ksm_os_advise(seat.bitmap, bitmap_bytes(peer->layout.frames), MADV_DONTFORK);
-	if (r) {
-		ksm_seat_leave(&seat);
-		return r;
-	}
-	*out = seat;
-	return 0;
-}
-
-void ksm_seat_leave(struct ksm_seat *seat)
-{
-	if (seat->bitmap)
-		munmap(seat->bitmap, bitmap_bytes(seat->bitmap->frames));
-	ksm_os_close(seat->bitmap_fd);
-	if (seat->lock_page)
-		munmap(seat->lock_page, KSM_PAGE_SIZE);
-	*seat = (struct ksm_seat){.slot = KSM_NO_SLOT, .bitmap_fd = -1};
-}
-
-void ksm_seat_copy_bits(struct ksm_seat *to, const struct ksm_seat *from)
-{
-	uint64_t high = ksm_load_acquire(&from->bitmap->high);
-	ksm_store_release(&to->bitmap->high, high);
-	for (uint64_t word = 0; word < (high + 63) / 64; word++)
-		if (from->bits[word])
-			ksm_store_release(&to->bits[word], from->bits[word]);
-}
-
-void ksm_seat_unmap(struct ksm_seat *seat)
-{
-	ksm_slotno slot = seat->slot;
-	seat->bitmap_fd = -1; /* its number means something else in this table */
-	ksm_seat_leave(seat);
-	seat->slot = slot; /* for whoever looks for its bitmap */
-}
-
-void ksm_seat_keep(struct ksm_peer *peer, struct ksm_seat *seat)
-{
-	madvise(seat->lock_page, KSM_PAGE_SIZE, MADV_DONTFORK);
-	madvise(seat->bitmap, bitmap_bytes(peer->layout.frames), MADV_DONTFORK);
-}
-
 void ksm_peer_forget_descriptors(struct ksm_peer *peer, bool mappings_stay)
 {
 	for (size_t i = 0; i < KSM_PEERS_MAX; i++) {
@@ -294,24 +173,6 @@ void ksm_peer_forget_descriptors(struct ksm_peer *peer, bool mappings_stay)
 		if (!mappings_stay)
 			peer->others[i] = (struct ksm_other){.fd = -1};
 	}
-}
-
-void ksm_peer_sit_nowhere(struct ksm_peer *peer)
-{
-	void *bitmap, *slot;
-	if (ksm_os_map_table(bitmap_bytes(peer->layout.frames), &bitmap) ||
-	    ksm_os_map_table(ksm_page_round_up(sizeof(struct ksm_slot)), &slot))
-		ksm_panic(__FILE__, __LINE__, "no memory for a process that has no seat");
-	peer->seat = (struct ksm_seat){.slot = KSM_NO_SLOT, .bitmap_fd = -1, .bitmap = bitmap};
-	peer->seat.bits = (uint64_t *)((char *)bitmap + KSM_BITMAP_BITS_OFFSET);
-	peer->seat.bitmap->frames = peer->seat.bitmap->high = peer->layout.frames;
-	peer->self = slot;
-}
-
-void ksm_peer_sit(struct ksm_peer *peer, const struct ksm_seat *seat)
-{
-	peer->seat = *seat;
-	peer->self = ksm_peer_slot(peer, seat->slot);
 }
 
 /* ---- the others ---------------------------------------------------------------------------------- */
@@ -325,7 +186,7 @@ static void forget(struct ksm_peer *peer, ksm_slotno slot, bool dead)
 	for (uint64_t frame = 0; dead && frame < high; frame += 64)
 		if (other->bits[frame / 64])
 			ksm_chunk_mark(peer, (ksm_frameno)frame);
-	munmap((void *)other->bitmap, bitmap_bytes(peer->layout.frames));
+	munmap((void *)other->bitmap, ksm_bitmap_bytes(peer->layout.frames));
 	ksm_os_close(other->fd);
 	*other = (struct ksm_other){.fd = -1};
 }
@@ -344,20 +205,6 @@ void ksm_peer_destroy(struct ksm_peer *peer)
 	for (size_t i = 0; i < sizeof(peer->fds) / sizeof(int); i++)
 		ksm_os_close(fds[i]);
 	ksm_peer_init(peer);
-}
-
-int ksm_peer_count(const struct ksm_peer *peer)
-{
-	int count = 0;
-	for (uint64_t from = 0; from < KSM_PEERS_MAX; count++) {
-		int64_t at = ksm_os_lock_find(peer->fds.file, KSM_LOCK_LIVENESS + from, KSM_PEERS_MAX - from);
-		if (at == -ENOENT)
-			break;
-		if (at < 0)
-			return (int)at;
-		from = (uint64_t)at - KSM_LOCK_LIVENESS + 1;
-	}
-	return count;
 }
 
 static bool at_hand(const struct ksm_peer *peer, ksm_slotno slot)
@@ -389,6 +236,8 @@ int ksm_peer_refresh(struct ksm_peer *peer)
 			peer->missing = slot;
 		}
 	}
+	if (peer->seat.slot < KSM_PEERS_MAX && !alive[peer->seat.slot])
+		peer->living[peer->living_count++] = peer->seat.slot;
 	for (ksm_slotno slot = 0; slot < KSM_PEERS_MAX; slot++)
 		if (!alive[slot])
 			forget(peer, slot, true);
@@ -407,18 +256,20 @@ bool ksm_peer_is_living(const struct ksm_peer *peer, ksm_slotno slot, uint32_t e
 {
 	for (size_t i = 0; i < peer->living_count; i++)
 		if (peer->living[i] == slot)
-			return ((ksm_load_acquire(&ksm_peer_slot(peer, slot)->epoch) ^ epoch) & KSM_CELL_EPOCH_MASK) == 0;
+			return ((ksm_load_acquire(&ksm_peer_slot(peer, slot)->epoch) ^ epoch) & KSM_CELL_EPOCH_MASK) ==
+			       0;
 	return false;
 }
 
 int ksm_peer_attach_bitmap(struct ksm_peer *peer, ksm_slotno slot, int fd)
 {
 	int required = F_SEAL_FUTURE_WRITE | F_SEAL_SHRINK | F_SEAL_GROW;
-	size_t nbytes = bitmap_bytes(peer->layout.frames);
+	size_t nbytes = ksm_bitmap_bytes(peer->layout.frames);
 	struct stat stat;
 	void *map;
 	int r = ksm_os_stat(fd, &stat);
-	if (!r && (slot >= KSM_PEERS_MAX || (uint64_t)stat.st_size != nbytes || (ksm_os_seals(fd) & required) != required))
+	if (!r &&
+	    (slot >= KSM_PEERS_MAX || (uint64_t)stat.st_size != nbytes || (ksm_os_seals(fd) & required) != required))
 		r = KSM_ECORRUPT;
 	if (!r)
 		r = ksm_os_map_shared(fd, nbytes, false, &map);
@@ -466,18 +317,17 @@ bool ksm_bit_test(const struct ksm_peer *peer, ksm_frameno frame)
 	       (ksm_load_relaxed(&peer->seat.bits[frame / 64]) >> (frame % 64) & 1);
 }
 
-uint64_t ksm_bits_of_all(const struct ksm_peer *peer, ksm_frameno frame)
+uint64_t ksm_bits_of_others(const struct ksm_peer *peer, ksm_frameno frame)
 {
 	uint64_t any = 0;
 	for (size_t i = 0; i < peer->living_count; i++) {
-		ksm_slotno slot = peer->living[i];
-		const struct ksm_bitmap *bitmap =
-			slot == peer->seat.slot ? peer->seat.bitmap : peer->others[slot].bitmap;
-		const uint64_t *bits = slot == peer->seat.slot ? peer->seat.bits : peer->others[slot].bits;
-		if (!bitmap)
+		const struct ksm_other *other = &peer->others[peer->living[i]];
+		if (peer->living[i] == peer->seat.slot)
+			continue;
+		if (!other->bitmap)
 			return UINT64_MAX; /* REFS-5 */
-		if (frame < KSM_MIN(ksm_load_acquire(&bitmap->high), peer->layout.frames))
-			any |= ksm_load_acquire(&bits[frame / 64]);
+		if (frame < KSM_MIN(ksm_load_acquire(&other->bitmap->high), peer->layout.frames))
+			any |= ksm_load_acquire(&other->bits[frame / 64]);
 	}
 	return any;
 }

@@ -44,22 +44,28 @@ struct ksm_peer {
 	struct ksm_descriptors fds;
 	struct ksm_layout layout;
 	struct ksm_control *control;
-	uint64_t *chunks;        /* dirty chunks, in shared memory */
-	uint64_t *cells;         /* in shared memory */
-	uint32_t *checks;        /* in shared memory */
+	uint64_t *chunks; /* dirty chunks, in shared memory */
+	uint64_t *cells;  /* in shared memory */
+	uint32_t *checks; /* in shared memory */
 	struct ksm_seat seat;
-	struct ksm_slot *self;   /* our slot, in shared memory */
-	uint16_t *counts;        /* private: pages of ours mapped to each frame */
+	struct ksm_slot *self; /* our slot, in shared memory */
+	uint16_t *counts;      /* private: pages of ours mapped to each frame */
 	struct ksm_other others[KSM_PEERS_MAX];
 	/* the living, as of the last ksm_peer_refresh() */
 	ksm_slotno living[KSM_PEERS_MAX];
 	size_t living_count;
-	uint64_t living_epoch;   /* peer epoch before they were listed */
-	bool living_known;       /* every one's bitmap is at hand */
-	ksm_slotno missing;      /* if not: one whose bitmap is not */
-	ksm_frameno next_frame;  /* where the last run of allocations ended */
+	uint64_t living_epoch;  /* peer epoch before they were listed */
+	bool living_known;      /* every one's bitmap is at hand */
+	ksm_slotno missing;     /* if not: one whose bitmap is not */
+	ksm_frameno next_frame; /* where the last run of allocations ended */
 	pthread_mutex_t merge_mutex, merge_next;
 };
+
+/* Bytes of a bitmap memfd for so many frames. */
+static inline size_t ksm_bitmap_bytes(uint64_t frames)
+{
+	return KSM_BITMAP_BITS_OFFSET + ksm_page_round_up((frames + 63) / 64 * 8);
+}
 
 /* Set to nothing: no descriptors, no memory. */
 void ksm_peer_init(struct ksm_peer *peer);
@@ -91,8 +97,8 @@ struct ksm_slot *ksm_peer_slot(const struct ksm_peer *peer, ksm_slotno slot);
 int ksm_seat_take(struct ksm_peer *peer, bool inherit, struct ksm_seat *out);
 /* Give it up: everything unmapped, the lock gone. */
 void ksm_seat_leave(struct ksm_seat *seat);
-/* The bits of `to` become those of `from`. Merge lock held, `to` not used by anybody yet. */
-void ksm_seat_copy_bits(struct ksm_seat *to, const struct ksm_seat *from);
+/* The bits of `to` become those of `from`, then the peer epoch moves. Merge lock held, `to` not used by anybody yet. */
+void ksm_seat_copy_bits(struct ksm_peer *peer, struct ksm_seat *to, const struct ksm_seat *from);
 /* Parent after a fork: unmap a seat that was prepared for the child. */
 void ksm_seat_unmap(struct ksm_seat *seat);
 /* Child after a fork: its own children shall not inherit the seat. */
@@ -113,8 +119,6 @@ int ksm_peer_refresh(struct ksm_peer *peer);
 int ksm_peer_refresh_if_changed(struct ksm_peer *peer);
 /* Is this incarnation of that slot among the living, as of the last refresh? Only the low 15 bits of `epoch` count. */
 bool ksm_peer_is_living(const struct ksm_peer *peer, ksm_slotno slot, uint32_t epoch);
-/* How many peers live, whatever we know of them; needs fds.file only. */
-int ksm_peer_count(const struct ksm_peer *peer);
 /* Map another's bitmap read-only; takes fd over. KSM_ECORRUPT: it is not what it should be. Merge lock held. */
 int ksm_peer_attach_bitmap(struct ksm_peer *peer, ksm_slotno slot, int fd);
 
@@ -122,8 +126,8 @@ int ksm_peer_attach_bitmap(struct ksm_peer *peer, ksm_slotno slot, int fd);
 void ksm_bit_set(struct ksm_peer *peer, ksm_frameno frame);
 void ksm_bit_clear(struct ksm_peer *peer, ksm_frameno frame);
 bool ksm_bit_test(const struct ksm_peer *peer, ksm_frameno frame);
-/* 64 bits from frame (a multiple of 64): ours or'ed with all the living's, as of the last refresh. */
-uint64_t ksm_bits_of_all(const struct ksm_peer *peer, ksm_frameno frame);
+/* 64 bits from frame (a multiple of 64): all the living's or'ed, as of the last refresh, without ours. */
+uint64_t ksm_bits_of_others(const struct ksm_peer *peer, ksm_frameno frame);
 
 /* A frame of this chunk may have lost its last reference. */
 void ksm_chunk_mark(struct ksm_peer *peer, ksm_frameno frame);

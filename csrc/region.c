@@ -39,8 +39,8 @@
 #define PAYLOAD_MASK ((1ull << STATE_SHIFT) - 1)
 _Static_assert(KSM_DIGEST_BITS <= STATE_SHIFT, "a digest does not fit beside the state");
 
-int ksm_region_init(struct ksm_region *region, struct ksm_peer *peer, struct ksm_index *index, void *base,
-		    size_t pages, ksm_frameno home)
+int ksm_region_init(struct ksm_region *region, struct ksm_peer *peer, struct ksm_index *index, void *base, size_t pages,
+		    ksm_frameno home)
 {
 	void *words;
 	memset(region, 0, sizeof(*region));

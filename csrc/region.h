@@ -15,8 +15,8 @@ enum ksm_page_state {
 	KSM_PAGE_CANDIDATE = 2, /* private, and said so to the others [digest] */
 	KSM_PAGE_REFUSED = 3,   /* private, and the kernel would not let it go: pinned, or shared by fork [digest] */
 	KSM_PAGE_MERGED = 4,    /* mapped to a frame, not written since, as far as we know [frame] */
-	KSM_PAGE_BROKEN = 5,    /* was merged, then written: private, but its mapping still refers to the frame [frame] */
-	KSM_PAGE_DROPPED = 6,   /* was all zeros and was given back: reads as zeros */
+	KSM_PAGE_BROKEN = 5,  /* was merged, then written: private, but its mapping still refers to the frame [frame] */
+	KSM_PAGE_DROPPED = 6, /* was all zeros and was given back: reads as zeros */
 	KSM_PAGE_STATES
 };
 
@@ -25,19 +25,19 @@ struct ksm_region {
 	struct ksm_index *index;
 	struct ksm_region *next; /* in the scanner's list */
 	char *base;
-	size_t room;             /* pages, fixed */
-	size_t used;             /* pages [0, used) may have been handed out; atomic, only grows */
-	uint64_t *words;         /* one a page */
-	ksm_frameno home;        /* the frame page 0 would like, or KSM_NO_FRAME: see ksm_region_home() */
-	bool background;         /* merged by the scanner when nobody asks */
-	bool excluded;           /* unmerged by name: left alone until scanned by name */
-	bool registered;         /* somebody else's memory */
+	size_t room;                      /* pages, fixed */
+	size_t used;                      /* pages [0, used) may have been handed out; atomic, only grows */
+	uint64_t *words;                  /* one a page */
+	ksm_frameno home;                 /* the frame page 0 would like, or KSM_NO_FRAME: see ksm_region_home() */
+	bool background;                  /* merged by the scanner when nobody asks */
+	bool excluded;                    /* unmerged by name: left alone until scanned by name */
+	bool registered;                  /* somebody else's memory */
 	uint64_t states[KSM_PAGE_STATES]; /* pages in each state, UNKNOWN not counted */
 };
 
 /* Takes no memory of the range itself; allocates the words. */
-int ksm_region_init(struct ksm_region *region, struct ksm_peer *peer, struct ksm_index *index, void *base,
-		    size_t pages, ksm_frameno home);
+int ksm_region_init(struct ksm_region *region, struct ksm_peer *peer, struct ksm_index *index, void *base, size_t pages,
+		    ksm_frameno home);
 void ksm_region_fini(struct ksm_region *region);
 
 static inline char *ksm_region_page(const struct ksm_region *region, ksm_pageno page)

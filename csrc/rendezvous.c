@@ -35,7 +35,7 @@
 
 static bool name_is_valid(const char *name)
 {
-	size_t n = strnlen(name, KSM_NAME_MAX + 1);
+	size_t n = strlen(name);
 	if (n == 0 || n > KSM_NAME_MAX || name[0] == '.')
 		return false;
 	for (size_t i = 0; i < n; i++) {
@@ -143,8 +143,8 @@ bool ksm_rendezvous_is_gone(const struct ksm_rendezvous *rendezvous)
 {
 	struct stat opened, named;
 	return ksm_os_stat(rendezvous->file, &opened) ||
-	       fstatat(rendezvous->directory, "domain", &named, AT_SYMLINK_NOFOLLOW) ||
-	       opened.st_ino != named.st_ino || opened.st_dev != named.st_dev;
+	       fstatat(rendezvous->directory, "domain", &named, AT_SYMLINK_NOFOLLOW) || opened.st_ino != named.st_ino ||
+	       opened.st_dev != named.st_dev;
 }
 
 /* ---- locks and the head ------------------------------------------------------------------------------ */
@@ -254,4 +254,59 @@ int ksm_rendezvous_clear(const struct ksm_rendezvous *rendezvous, bool everythin
 	if (r && r != -ENOENT)
 		return r;
 	return ksm_os_unlink(AT_FDCWD, rendezvous->path, true);
+}
+
+/* ---- for those outside ---------------------------------------------------------------------------------------- */
+
+int ksm_settings_read(const struct ksm_domain_options *options, struct ksm_settings *out, uint32_t *peers)
+{
+	struct ksm_rendezvous rendezvous;
+	if (peers)
+		*peers = 0;
+	int r = ksm_rendezvous_open(options, false, &rendezvous);
+	if (r == -ENOENT) {
+		ksm_settings_default(out);
+		return 0;
+	}
+	if (r)
+		return r;
+	r = ksm_rendezvous_settings(rendezvous.file, out);
+	for (uint64_t from = 0; !r && peers && from < KSM_PEERS_MAX; ++*peers) {
+		int64_t at = ksm_os_lock_find(rendezvous.file, KSM_LOCK_LIVENESS + from, KSM_PEERS_MAX - from);
+		if (at < 0)
+			break;
+		from = (uint64_t)at - KSM_LOCK_LIVENESS + 1;
+	}
+	ksm_rendezvous_close(&rendezvous);
+	return r;
+}
+
+int ksm_settings_write(const struct ksm_domain_options *options, const struct ksm_settings *settings)
+{
+	struct ksm_rendezvous rendezvous;
+	int r = ksm_rendezvous_open(options, true, &rendezvous);
+	if (r)
+		return r;
+	r = ksm_rendezvous_lock(rendezvous.file, KSM_LOCK_SETTINGS, 1000);
+	if (!r)
+		r = ksm_rendezvous_set_settings(rendezvous.file, settings);
+	ksm_os_unlock(rendezvous.file, KSM_LOCK_SETTINGS);
+	ksm_rendezvous_close(&rendezvous);
+	return r;
+}
+
+int ksm_domain_clean(const struct ksm_domain_options *options)
+{
+	struct ksm_rendezvous rendezvous;
+	int r = ksm_rendezvous_open(options, false, &rendezvous);
+	if (r)
+		return r;
+	r = ksm_rendezvous_lock(rendezvous.file, KSM_LOCK_JOIN, 1000);
+	if (!r)
+		r = ksm_rendezvous_is_inhabited(rendezvous.file);
+	r = r > 0 || r == -EAGAIN ? -EBUSY : r;
+	if (!r)
+		r = ksm_rendezvous_clear(&rendezvous, true);
+	ksm_rendezvous_close(&rendezvous);
+	return r;
 }

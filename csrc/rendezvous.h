@@ -10,9 +10,9 @@
 #define KSM_PATH_ROOM 512
 
 struct ksm_rendezvous {
-	int directory;             /* -1: not open */
-	int file;                  /* the domain file */
-	char path[KSM_PATH_ROOM];  /* of the directory, for people and for named objects */
+	int directory;            /* -1: not open */
+	int file;                 /* the domain file */
+	char path[KSM_PATH_ROOM]; /* of the directory, for people and for named objects */
 };
 
 /*

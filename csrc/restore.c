@@ -48,7 +48,8 @@ static int fill(struct ksm_region *region, ksm_pageno page, size_t n, const uint
 			continue;
 		}
 		ksm_frameno frame = ksm_region_frame(region, page + i);
-		while (i + run < n && !is_broken(kinds[i + run]) && ksm_region_frame(region, page + i + run) == frame + run)
+		while (i + run < n && !is_broken(kinds[i + run]) &&
+		       ksm_region_frame(region, page + i + run) == frame + run)
 			run++;
 		int r = ksm_frame_read(region->peer, frame, run, fresh + i * KSM_PAGE_SIZE);
 		if (r)

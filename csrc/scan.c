@@ -271,7 +271,8 @@ int ksm_scan_restore(struct ksm_scanner *scanner, struct ksm_region *region, boo
 	int r = 0;
 	for (ksm_pageno page = 0; page < used && !r; page += 4096) {
 		ksm_merge_lock(scanner->peer);
-		r = ksm_restore(region, &scanner->barrier, page, KSM_MIN(used - page, (size_t)4096), broken_too, counts);
+		r = ksm_restore(region, &scanner->barrier, page, KSM_MIN(used - page, (size_t)4096), broken_too,
+				counts);
 		ksm_merge_unlock(scanner->peer);
 		call_between(between);
 	}

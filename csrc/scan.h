@@ -16,13 +16,13 @@ struct ksm_scanner {
 	struct ksm_exchange *exchange;
 	struct ksm_barrier barrier;
 	struct ksm_merger merger;
-	struct ksm_region *regions;     /* by address; merge lock */
+	struct ksm_region *regions; /* by address; merge lock */
 	/* the background pass */
-	struct ksm_region *cursor;      /* merge lock: who removes a region moves it on */
+	struct ksm_region *cursor; /* merge lock: who removes a region moves it on */
 	ksm_pageno cursor_page;
-	uint64_t pass_changes;          /* ksm_control.changes when it began */
-	struct ksm_merge_counts pass;   /* so far */
-	uint64_t private_pages_seen;    /* in the last complete pass */
+	uint64_t pass_changes;        /* ksm_control.changes when it began */
+	struct ksm_merge_counts pass; /* so far */
+	uint64_t private_pages_seen;  /* in the last complete pass */
 };
 
 /* Which regions take part. */

@@ -14,15 +14,15 @@
 #include <string.h>
 
 static const uint16_t sizes[KSM_SLAB_CLASSES] = {
-	16,  32,  48,  64,  80,  96,  112, 128,  160,  192,  224,  256,  320,  384,
-	448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048,
+	16,  32,  48,  64,  80,  96,  112, 128,  160,  192,  224,  256,
+	320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048,
 };
 
 unsigned ksm_slab_class(size_t nbytes)
 {
 	unsigned class = 0;
 	while (sizes[class] < nbytes)
-		class++;
+		class ++;
 	return class;
 }
 

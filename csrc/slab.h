@@ -15,7 +15,7 @@
 struct ksm_slab {
 	struct ksm_slab *next, *previous; /* of its class, by address */
 	char *base;
-	void *owner;      /* the caller's */
+	void *owner; /* the caller's */
 	size_t pages;
 	uint32_t size;    /* of an object */
 	uint32_t objects; /* that fit */

@@ -60,8 +60,8 @@ static uint32_t new_node(struct ksm_spans *spans, uint64_t page, uint64_t pages)
 		n = ++spans->made;
 	else
 		return 0;
-	*node(spans, n) = (struct ksm_span_node){
-		.priority = random32(spans), .page = page, .pages = pages, .longest = pages};
+	*node(spans, n) =
+		(struct ksm_span_node){.priority = random32(spans), .page = page, .pages = pages, .longest = pages};
 	return n;
 }
 

@@ -14,8 +14,8 @@ struct ksm_spans {
 	struct ksm_span_node *nodes; /* a table of `room` nodes; node 0 is nobody */
 	uint32_t room;
 	uint32_t root;
-	uint32_t unused;             /* list of nodes that are free to use */
-	uint32_t made;               /* nodes ever used: those beyond are fresh */
+	uint32_t unused; /* list of nodes that are free to use */
+	uint32_t made;   /* nodes ever used: those beyond are fresh */
 	uint32_t seed;
 };
 

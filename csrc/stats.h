@@ -10,10 +10,24 @@
 #include "layout.h"
 
 #define KSM_COUNTERS(X)                                                                                                \
-	X(PAGES_MERGED) X(PAGES_BROKEN) X(PAGES_UNSHARED) X(PAGES_VOLATILE) X(PAGES_ZERO) X(FRAMES_REFERRED)           \
-	X(VMAS_USED) X(VMA_BUDGET) X(METADATA_BYTES)                                                                   \
-	X(PAGES_SCANNED) X(PAGES_SKIPPED) X(FULL_SCANS) X(MERGES) X(ZERO_MERGES) X(PROMOTIONS) X(COW_BREAKS)           \
-	X(PUT_BACKS) X(FAILURES)
+	X(PAGES_MERGED)                                                                                                \
+	X(PAGES_BROKEN)                                                                                                \
+	X(PAGES_UNSHARED)                                                                                              \
+	X(PAGES_VOLATILE)                                                                                              \
+	X(PAGES_ZERO)                                                                                                  \
+	X(FRAMES_REFERRED)                                                                                             \
+	X(VMAS_USED)                                                                                                   \
+	X(VMA_BUDGET)                                                                                                  \
+	X(METADATA_BYTES)                                                                                              \
+	X(PAGES_SCANNED)                                                                                               \
+	X(PAGES_SKIPPED)                                                                                               \
+	X(FULL_SCANS)                                                                                                  \
+	X(MERGES)                                                                                                      \
+	X(ZERO_MERGES)                                                                                                 \
+	X(PROMOTIONS)                                                                                                  \
+	X(COW_BREAKS)                                                                                                  \
+	X(PUT_BACKS)                                                                                                   \
+	X(FAILURES)
 
 enum ksm_counter {
 #define KSM_COUNTER_ENUM(name) KSM_##name,

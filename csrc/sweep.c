@@ -15,15 +15,17 @@
  * Why nobody is hurt. A taker sets its bit, fences, reads the cell (FRAME-3). Either the taker's fence comes first,
  * and then step 4 sees its bit; or the sweeper's comes first, and then the taker sees DYING and misses. A peer that
  * was not listed in step 1 has raised the epoch before it set its first bit (REFS-3): it too either moves the epoch
- * that step 4 reads or sees DYING. A child of fork gets its slot, its lock, the new epoch and a copy of its parent's
- * bits while the parent holds its merge lock, so the parent's own bits stand until the child's do.
+ * that step 4 reads or sees DYING. A child of fork gets its slot, its lock, a copy of its parent's bits and then a new
+ * epoch while the parent holds its merge lock, so the parent's own bits stand until the child's do.
  *
  * SWEEP-1. Only the owner named in a DYING cell moves it; a living owner's cell is left alone however long it takes
  *          (no timeouts: it may be stopped); a dead one's is taken over, by compare-and-swap.
  * SWEEP-2. The hole is punched before the cell says FREE: nobody writes a frame that somebody may still punch.
- * SWEEP-3. Bytes that nobody vouched for (ALLOC of a dead owner: DYING_RAW) never become PUBLISHED.
- * SWEEP-4. A frame that a dead sweeper had punched and not freed may become PUBLISHED again, as zeros. Nobody is
- *          mapped to it, takers compare, and it is freed by the next sweep.
+ * SWEEP-3. What is taken over from a dead owner becomes DYING_RAW and never PUBLISHED again: it may be half written,
+ *          or punched. If it cannot be freed now it is left to nobody, for anybody to go on with.
+ * SWEEP-4. The sweeper's own bit is set from before DYING until after FREE: an allocator that meets a cell scribbled
+ *          over with FREE meanwhile sees it (FRAME-1).
+ * SWEEP-5. An owner is a process, not a thread: sweeps of one process follow one another, in its scanner's thread.
  *
  * Called by scanners under the merge lock of their process, so our own bits stand still.
  */
@@ -36,9 +38,9 @@
 #include <string.h>
 
 struct doomed {
-	uint64_t first;                   /* frame */
-	uint64_t count;                   /* frames in the chunk */
-	uint64_t bits[KSM_CHUNK / 64];    /* those we have marked DYING */
+	uint64_t first;                /* frame */
+	uint64_t count;                /* frames in the chunk */
+	uint64_t bits[KSM_CHUNK / 64]; /* those we have marked DYING */
 	uint64_t marked;
 };
 
@@ -57,42 +59,66 @@ static bool owner_is_dead(const struct ksm_peer *peer, uint64_t cell)
 	return !ksm_peer_is_living(peer, ksm_cell_slot(cell), ksm_cell_epoch(cell));
 }
 
-static bool owner_is_self(const struct ksm_peer *peer, uint64_t cell)
+static bool is_ours(const struct ksm_peer *peer, uint64_t cell)
 {
-	return ksm_cell_slot(cell) == peer->seat.slot && ksm_cell_epoch(cell) == (peer->seat.epoch & KSM_CELL_EPOCH_MASK);
+	enum ksm_cell_state state = ksm_cell_state(cell);
+	return (state == KSM_CELL_DYING || state == KSM_CELL_DYING_RAW) && cell == claim_as(peer, state, cell);
 }
 
 /* Step 2 for one cell: is it ours to free? */
 static bool try_mark(struct ksm_peer *peer, ksm_frameno frame, bool referred)
 {
 	uint64_t cell = ksm_load_acquire(&peer->cells[frame]);
-	enum ksm_cell_state state = ksm_cell_state(cell);
-	switch (state) {
+	enum ksm_cell_state to;
+	switch (ksm_cell_state(cell)) {
 	case KSM_CELL_PUBLISHED:
-		return !referred && ksm_cas_seqcst(&peer->cells[frame], cell, claim_as(peer, KSM_CELL_DYING, cell));
+		if (referred)
+			return false;
+		to = KSM_CELL_DYING;
+		break;
 	case KSM_CELL_ALLOC:
-		return owner_is_dead(peer, cell) &&
-		       ksm_cas_seqcst(&peer->cells[frame], cell, claim_as(peer, KSM_CELL_DYING_RAW, cell));
 	case KSM_CELL_DYING:
 	case KSM_CELL_DYING_RAW:
-		return (owner_is_self(peer, cell) || owner_is_dead(peer, cell)) &&
-		       ksm_cas_seqcst(&peer->cells[frame], cell, claim_as(peer, state, cell));
+		if (!owner_is_dead(peer, cell)) /* SWEEP-1 */
+			return false;
+		to = KSM_CELL_DYING_RAW; /* SWEEP-3 */
+		break;
 	default:
 		return false;
 	}
+	ksm_bit_set(peer, frame); /* SWEEP-4 */
+	if (ksm_cas_seqcst(&peer->cells[frame], cell, claim_as(peer, to, cell)))
+		return true;
+	ksm_bit_clear(peer, frame);
+	return false;
 }
 
+/* Frames of this process are left alone: its own bits stand still, for we hold its merge lock. */
 static void mark_chunk(struct ksm_peer *peer, struct doomed *doomed)
 {
 	for (uint64_t i = 0; i < doomed->count; i += 64) {
-		uint64_t referred = ksm_bits_of_all(peer, (ksm_frameno)(doomed->first + i));
+		uint64_t referred = ksm_bits_of_others(peer, (ksm_frameno)(doomed->first + i));
 		for (uint64_t j = 0; j < 64 && i + j < doomed->count; j++) {
-			if (try_mark(peer, (ksm_frameno)(doomed->first + i + j), referred >> j & 1)) {
+			ksm_frameno frame = (ksm_frameno)(doomed->first + i + j);
+			if (!peer->counts[frame] && try_mark(peer, frame, referred >> j & 1)) {
 				doomed->bits[i / 64] |= 1ull << j;
 				doomed->marked++;
 			}
 		}
 	}
+}
+
+/* Not to be freed now. */
+static void spare_frame(struct ksm_peer *peer, ksm_frameno frame)
+{
+	uint64_t old = ksm_load_acquire(&peer->cells[frame]), back;
+	if (ksm_cell_state(old) == KSM_CELL_DYING)
+		back = ksm_cell_make(KSM_CELL_PUBLISHED, 0, 0, ksm_cell_generation(old));
+	else /* SWEEP-3; of nobody, so that anybody may go on with it */
+		back = ksm_cell_make(KSM_CELL_DYING_RAW, KSM_CELL_NOBODY, 0, ksm_cell_generation(old));
+	if (is_ours(peer, old))
+		ksm_cas_seqcst(&peer->cells[frame], old, back);
+	ksm_bit_clear(peer, frame);
 }
 
 /* Step 5: those that somebody refers to after all (`all`: every one) go back. Returns whether any did. */
@@ -102,18 +128,12 @@ static bool spare(struct ksm_peer *peer, struct doomed *doomed, bool all)
 	for (uint64_t i = 0; i < doomed->count; i += 64) {
 		uint64_t back = doomed->bits[i / 64];
 		if (back && !all)
-			back &= ksm_bits_of_all(peer, (ksm_frameno)(doomed->first + i));
-		for (uint64_t j = 0; j < 64 && back >> j; j++) {
-			if (!(back >> j & 1))
-				continue;
-			uint64_t *cell = &peer->cells[doomed->first + i + j];
-			uint64_t old = ksm_load_acquire(cell);
-			if (ksm_cell_state(old) == KSM_CELL_DYING) /* SWEEP-3: DYING_RAW waits for the next sweep */
-				ksm_cas_seqcst(cell, old,
-					       ksm_cell_make(KSM_CELL_PUBLISHED, 0, 0, ksm_cell_generation(old)));
-			spared = true;
-		}
+			back &= ksm_bits_of_others(peer, (ksm_frameno)(doomed->first + i));
+		for (uint64_t j = 0; j < 64; j++)
+			if (back >> j & 1)
+				spare_frame(peer, (ksm_frameno)(doomed->first + i + j));
 		doomed->bits[i / 64] &= ~back;
+		spared |= back != 0;
 	}
 	return spared;
 }
@@ -121,6 +141,9 @@ static bool spare(struct ksm_peer *peer, struct doomed *doomed, bool all)
 /* Step 6 for a run of doomed frames. */
 static int release_run(struct ksm_peer *peer, uint64_t first, uint64_t count)
 {
+	for (uint64_t frame = first; frame < first + count; frame++)
+		if (!is_ours(peer, ksm_load_acquire(&peer->cells[frame])))
+			return -ESTALE; /* scribbled over */
 	int r = ksm_os_punch(peer->fds.store, first << KSM_PAGE_SHIFT, count << KSM_PAGE_SHIFT);
 	if (r)
 		return r;
@@ -128,6 +151,7 @@ static int release_run(struct ksm_peer *peer, uint64_t first, uint64_t count)
 		uint64_t old = ksm_load_acquire(&peer->cells[frame]);
 		ksm_cas_seqcst(&peer->cells[frame], old,
 			       ksm_cell_make(KSM_CELL_FREE, 0, 0, ksm_cell_generation(old) + 1));
+		ksm_bit_clear(peer, (ksm_frameno)frame);
 	}
 	return 0;
 }

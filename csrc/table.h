@@ -16,8 +16,8 @@ struct ksm_table {
 /* Levels in use, at least one, never beyond the room there is, whatever a confused peer has written. */
 unsigned ksm_table_levels(const struct ksm_table *table);
 
-/* The KSM_TABLE_BUCKET words in which a digest may lie in one level. */
-uint64_t *ksm_table_bucket(const struct ksm_table *table, unsigned level, uint64_t digest);
+/* One of the KSM_TABLE_CHOICES buckets (KSM_TABLE_BUCKET words each) in which a digest may lie in one level. */
+uint64_t *ksm_table_bucket(const struct ksm_table *table, unsigned level, unsigned choice, uint64_t digest);
 
 /*
  * Place a word: over an empty one or one that is_stale() says nobody needs; else in a new level; in a full table

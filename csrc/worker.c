@@ -182,7 +182,7 @@ static void rest_longer(struct ksm_worker *worker, const struct ksm_merge_counts
 		    changes == worker->member.scanner.pass_changes;
 	uint64_t pause = KSM_MAX(worker->settings.sleep_millisecs * MS, MS);
 	worker->rest_ns = idle ? KSM_MIN(KSM_MAX(worker->rest_ns * 2, pause), LONGEST_REST_NS) : 0;
-	if (worker->rest_ns == LONGEST_REST_NS)
+	if (idle)
 		ksm_merger_rest(&worker->member.scanner.merger);
 }
 

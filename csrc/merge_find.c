@@ -1,0 +1,82 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * DOC: Finding twins
+ *
+ * The step "find" of a merge: which frame, for each cold page of a stretch? In this order: the frame that would continue
+ * the run on the left (or has the page's own number), if its check agrees; what the index says; and if another peer, or
+ * another page of ours, has said it has such a page: promote ours, to a frame beside its neighbours'.
+ */
+#include "merge.h"
+
+#include <errno.h>
+
+/* The frame of the page on the left: merged, or about to be. */
+static ksm_frameno left_frame(const struct ksm_merger *m, size_t i)
+{
+	if (i > 0 && m->verdicts[i - 1] == KSM_MERGE_MAP)
+		return m->targets[i - 1];
+	return m->first + i ? ksm_region_frame(m->region, m->first + i - 1) : KSM_NO_FRAME;
+}
+
+static bool try_promote(struct ksm_merger *m, size_t i)
+{
+	uint64_t digest = m->digests[i];
+	ksm_frameno left = left_frame(m, i), frame;
+	if (!ksm_candidate_claim(m->index, m->peer, digest, ksm_merger_page(m, i)))
+		return false;
+	frame = ksm_index_take(m->index, m->peer, digest, KSM_NO_FRAME); /* written since we looked? */
+	if (frame != KSM_NO_FRAME) {
+		ksm_candidate_unclaim(m->index, m->peer, digest, ksm_merger_page(m, i));
+		m->targets[i] = frame;
+		return true;
+	}
+	ksm_frameno want = left != KSM_NO_FRAME ? left + 1 : ksm_region_home(m->region, m->first + i);
+	int r = ksm_frame_alloc(m->peer, want, &frame);
+	if (r) {
+		ksm_candidate_unclaim(m->index, m->peer, digest, ksm_merger_page(m, i));
+		ksm_merger_why_not(m, r);
+		return false;
+	}
+	m->targets[i] = frame;
+	m->promoted[i] = true;
+	return true;
+}
+
+static bool find_target(struct ksm_merger *m, size_t i)
+{
+	uint64_t digest = m->digests[i];
+	ksm_frameno left = left_frame(m, i);
+	ksm_frameno expected = left == KSM_NO_FRAME ? ksm_region_home(m->region, m->first + i) : left + 1;
+	if (expected != KSM_NO_FRAME && expected < m->peer->layout.frames &&
+	    ksm_frame_looks_like(m->peer, expected, digest) && ksm_frame_take(m->peer, expected, 0, 0)) {
+		m->targets[i] = expected;
+		return true;
+	}
+	m->targets[i] = ksm_index_take(m->index, m->peer, digest, expected);
+	if (m->targets[i] != KSM_NO_FRAME)
+		return true;
+	switch (ksm_candidate_find(m->index, m->peer, digest, ksm_merger_page(m, i))) {
+	case KSM_CANDIDATE_OTHER:
+		return try_promote(m, i);
+	case KSM_CANDIDATE_NONE:
+		ksm_candidate_add(m->index, m->peer, digest, ksm_merger_page(m, i));
+		/* fall through */
+	case KSM_CANDIDATE_OURS:
+		ksm_region_move(m->region, m->first + i, KSM_PAGE_CANDIDATE, digest);
+		return false;
+	case KSM_CANDIDATE_CLAIMED:
+	default:
+		return false;
+	}
+}
+
+void ksm_merge_find(struct ksm_merger *m)
+{
+	for (size_t i = 0; i < m->count; i++) {
+		if (m->verdicts[i] != KSM_MERGE_LOOK)
+			continue;
+		bool found = find_target(m, i);
+		m->verdicts[i] = found ? KSM_MERGE_MAP : KSM_MERGE_LEAVE;
+		m->counts->unshared += !found;
+	}
+}
