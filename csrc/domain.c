@@ -196,7 +196,9 @@ static int collect(struct ksm_member *member, void *context)
 	sum->metadata_bytes += blocks_of(peer->fds.control);
 	sum->page_size = (uint32_t)KSM_PAGE_SIZE;
 	sum->barrier = ksm_load_relaxed(&peer->self->barrier);
-	sum->why_not = ksm_load_relaxed(&peer->self->why_not);
+	struct ksm_settings settings;
+	ksm_rendezvous_settings(peer->fds.file, &settings);
+	sum->why_not = settings.run ? ksm_load_relaxed(&peer->self->why_not) : KSM_ESTOPPED;
 	return 0;
 }
 

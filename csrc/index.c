@@ -89,7 +89,9 @@ ksm_frameno ksm_index_take(struct ksm_index *index, struct ksm_peer *peer, uint6
 			uint64_t word = ksm_load_acquire(&bucket[i]);
 			if (!index_word_fits(peer, word, digest))
 				continue;
-			if (!best || index_frame(word) == prefer)
+			/* the preferred one, else the first of a run, if there is one */
+			if (index_frame(word) == prefer || (!(best && index_frame(best) == prefer) &&
+							    (!best || index_frame(word) < index_frame(best))))
 				best = word;
 		}
 	}

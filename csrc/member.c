@@ -72,6 +72,7 @@ uint64_t ksm_member_inode(int fd)
 
 int ksm_member_own_table(struct ksm_member *member)
 {
+	member->tid = ksm_os_tid();
 	int r = ksm_os_unshare_files();
 	if (r)
 		return r;
@@ -220,6 +221,8 @@ int ksm_member_settle_in(struct ksm_member *member, int uffd)
 		r = ksm_merger_init(&member->scanner.merger, peer, &member->index, &member->scanner.barrier);
 	if (!r)
 		r = ksm_exchange_open(&member->exchange, peer);
+	if (r && member->joined && member->scanner.merger.buffer)
+		r = 0; /* its rendezvous was removed: nobody finds us any more, but those who know us stay */
 	if (!r)
 		ksm_count_set(peer->self, KSM_VMA_BUDGET, member->scanner.merger.vma_budget);
 	return r;

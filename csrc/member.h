@@ -34,10 +34,12 @@ struct ksm_member {
 	struct ksm_exchange exchange;
 	struct ksm_scanner scanner;
 	/* across a fork */
+	int tid; /* of the scanner's thread */
 	uint64_t inodes[KSM_SEEDS];
 	int seeds[KSM_SEEDS];      /* in the program's own table; -1: none */
 	int seeds_here[KSM_SEEDS]; /* the same in the new scanner's table */
-	struct ksm_seat child;
+	struct ksm_seat child;     /* prepared; none: slot is KSM_NO_SLOT */
+	ksm_slotno child_slot;     /* of the last child, whose bitmap a seed may be */
 };
 
 void ksm_member_init(struct ksm_member *member, const struct ksm_domain_options *options);

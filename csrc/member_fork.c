@@ -123,7 +123,7 @@ int ksm_member_resume(struct ksm_member *member)
 		r = change_seat(member);
 	int child = take_seed(member, KSM_SEED_CHILD);
 	if (!r && child >= 0) /* so that others can have it from us as long as the child has no scanner */
-		ksm_peer_attach_bitmap(peer, member->child.slot, child);
+		ksm_peer_attach_bitmap(peer, member->child_slot, child);
 	if (!r)
 		r = ksm_member_settle_in(member, take_seed(member, KSM_SEED_UFFD));
 	if (r)
@@ -138,8 +138,10 @@ int ksm_member_prepare_child(struct ksm_member *member)
 	struct ksm_peer *peer = &member->peer;
 	int *seeds = member->exchange.seeds;
 	int r = ksm_seat_take(peer, true, &member->child);
-	if (r)
+	if (r) {
+		member->child = (struct ksm_seat){.slot = KSM_NO_SLOT, .bitmap_fd = -1};
 		return r;
+	}
 	seeds[KSM_SEED_DIRECTORY] = peer->fds.directory;
 	seeds[KSM_SEED_FILE] = peer->fds.file;
 	seeds[KSM_SEED_CONTROL] = peer->fds.control;
@@ -163,6 +165,10 @@ void ksm_member_fetch_seeds(struct ksm_member *member)
 		else
 			ksm_os_close(fds[i]);
 	}
+	for (int seed = 0; seed < KSM_SEED_UFFD && n <= 0; seed++) /* the rendezvous was removed, or nobody answers */
+		if (member->exchange.seeds[seed] >= 0)
+			member->seeds[seed] = ksm_os_reopen_from(member->tid, member->exchange.seeds[seed],
+								 seed == KSM_SEED_DIRECTORY);
 }
 
 void ksm_member_fork_prepare(struct ksm_member *member)
@@ -204,6 +210,7 @@ void ksm_member_fork_parent(struct ksm_member *member)
 	forget_scanner(member, true);
 	ksm_peer_forget_descriptors(&member->peer, true);
 	member->peer.seat.bitmap_fd = -1;
+	member->child_slot = member->child.slot;
 	ksm_seat_unmap(&member->child); /* the child's copy of the mapping keeps its lock */
 }
 

@@ -5,10 +5,16 @@
  * The step "find" of a merge: which frame, for each cold page of a stretch? In this order: the frame that would continue
  * the run on the left (or has the page's own number), if its check agrees; what the index says; and if another peer, or
  * another page of ours, has said it has such a page: promote ours, to a frame beside its neighbours'.
+ *
+ * One content gets one frame, with one exception. A long area of equal pages (a constant array) on a single frame would
+ * be one memory mapping a page; so up to EQUAL_RUN neighbours of one content get frames of their own, in a row, and
+ * the rest of the area repeats that run.
  */
 #include "merge.h"
 
 #include <errno.h>
+
+#define EQUAL_RUN 8
 
 /* The frame of the page on the left: merged, or about to be. */
 static ksm_frameno left_frame(const struct ksm_merger *m, size_t i)
@@ -18,10 +24,26 @@ static ksm_frameno left_frame(const struct ksm_merger *m, size_t i)
 	return m->first + i ? ksm_region_frame(m->region, m->first + i - 1) : KSM_NO_FRAME;
 }
 
+/* Would this page's frame be a second one for a content of this very stretch, without being part of a run? */
+static bool is_repeated(const struct ksm_merger *m, size_t i)
+{
+	size_t equal = 0; /* neighbours on the left that are being promoted with the same content */
+	while (equal < i && m->promoted[i - 1 - equal] && m->digests[i - 1 - equal] == m->digests[i])
+		equal++;
+	if (equal)
+		return equal >= EQUAL_RUN;
+	for (size_t j = 0; j < i; j++)
+		if (m->promoted[j] && m->digests[j] == m->digests[i])
+			return true;
+	return false;
+}
+
 static bool try_promote(struct ksm_merger *m, size_t i)
 {
 	uint64_t digest = m->digests[i];
 	ksm_frameno left = left_frame(m, i), frame;
+	if (is_repeated(m, i)) /* it will find the other's frame */
+		return false;
 	if (!ksm_candidate_claim(m->index, m->peer, digest, ksm_merger_page(m, i)))
 		return false;
 	frame = ksm_index_take(m->index, m->peer, digest, KSM_NO_FRAME); /* written since we looked? */

@@ -191,6 +191,17 @@ int ksm_os_random(void *to, size_t nbytes)
 	return getrandom(to, nbytes, 0) == (ssize_t)nbytes ? 0 : -EIO;
 }
 
+int ksm_os_tid(void)
+{
+	return (int)syscall(SYS_gettid);
+}
+
+void ksm_os_wait_thread_gone(int tid)
+{
+	while (!syscall(SYS_tgkill, getpid(), tid, 0))
+		sched_yield();
+}
+
 int ksm_os_thread(pthread_t *thread, const pthread_attr_t *attributes, void *(*function)(void *), void *argument)
 {
 	KSM_FAULT(THREAD);

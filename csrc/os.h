@@ -107,6 +107,8 @@ void ksm_os_name_memory(void *at, size_t nbytes, const char *name);
 int ksm_os_open(int dirfd, const char *path, int flags, mode_t mode);
 /* A new description of the same file, through /proc; or, where there is no /proc, of dirfd/name if that is it. */
 int ksm_os_reopen(int fd, int dirfd, const char *name);
+/* A new description of what fd is in the table of another thread of this process (never of a userfaultfd). */
+int ksm_os_reopen_from(int tid, int fd, bool directory);
 /* The same description under a number above standard error's; fd itself is closed. */
 int ksm_os_lift(int fd);
 void ksm_os_close(int fd);
@@ -134,6 +136,9 @@ int ksm_os_list(int dirfd, int (*each)(const char *name, void *context), void *c
 int ksm_os_unshare_files(void);
 int ksm_os_close_range(unsigned first, unsigned last);
 int ksm_os_random(void *to, size_t nbytes);
+int ksm_os_tid(void);
+/* Wait until the kernel counts a thread, joined already, no longer among this process's. */
+void ksm_os_wait_thread_gone(int tid);
 int ksm_os_thread(pthread_t *thread, const pthread_attr_t *attributes, void *(*function)(void *), void *argument);
 int ksm_os_dumpable(void);
 uint64_t ksm_os_memory_bytes(void);

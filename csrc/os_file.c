@@ -49,6 +49,15 @@ int ksm_os_reopen(int fd, int dirfd, const char *name)
 	return again;
 }
 
+int ksm_os_reopen_from(int tid, int fd, bool directory)
+{
+	KSM_FAULT(OPEN);
+	char path[64];
+	snprintf(path, sizeof(path), "/proc/self/task/%d/fd/%d", tid, fd);
+	int again = open(path, (directory ? O_RDONLY | O_DIRECTORY : O_RDWR) | O_CLOEXEC | O_NOCTTY);
+	return again < 0 ? -errno : again;
+}
+
 int ksm_os_lift(int fd)
 {
 	if (fd < 0 || fd > STDERR_FILENO)

@@ -126,10 +126,8 @@ void ksm_seat_copy_bits(struct ksm_peer *peer, struct ksm_seat *to, const struct
 
 void ksm_seat_unmap(struct ksm_seat *seat)
 {
-	ksm_slotno slot = seat->slot;
 	seat->bitmap_fd = -1; /* its number means something else in this table */
 	ksm_seat_leave(seat);
-	seat->slot = slot; /* for whoever looks for its bitmap */
 }
 
 void ksm_seat_keep(struct ksm_peer *peer, struct ksm_seat *seat)

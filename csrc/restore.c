@@ -78,6 +78,24 @@ static int replace(struct ksm_region *region, ksm_pageno page, size_t n, const u
 	return 0;
 }
 
+/*
+ * The kinds of held pages. Protecting a page that was never faulted in leaves a marker that pagemap cannot tell from a
+ * swapped one; reading such a page brings it in, and then it says what it is.
+ */
+static int kinds_of_held(const struct ksm_region *region, ksm_pageno page, size_t n, uint16_t *kinds)
+{
+	int fd = region->peer->fds.pagemap;
+	bool again = false;
+	int r = ksm_os_pagemap(fd, ksm_region_page(region, page), n, kinds);
+	for (size_t i = 0; i < n && !r; i++) {
+		if (kinds[i] & KSM_PAGE_PRESENT)
+			continue;
+		(void)*(volatile const char *)ksm_region_page(region, page + i);
+		again = true;
+	}
+	return r || !again ? r : ksm_os_pagemap(fd, ksm_region_page(region, page), n, kinds);
+}
+
 /* [page, page + n) all merged or broken, n ≤ MOST. */
 static int restore_run(struct ksm_region *region, struct ksm_barrier *barrier, ksm_pageno page, size_t n,
 		       bool broken_too, struct ksm_restore_counts *counts)
@@ -87,7 +105,7 @@ static int restore_run(struct ksm_region *region, struct ksm_barrier *barrier, k
 	int r = barrier->ops->hold(barrier, at, n);
 	if (r)
 		return r;
-	r = ksm_os_pagemap(region->peer->fds.pagemap, at, n, kinds);
+	r = kinds_of_held(region, page, n, kinds);
 	for (size_t i = 0, run; i < n && !r; i += run) {
 		run = 1;
 		bool broken = is_broken(kinds[i]);

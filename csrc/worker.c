@@ -336,6 +336,7 @@ static void stop_locked(struct ksm_worker *worker)
 	ksm_store_release(&worker->stop, 1);
 	pthread_kill(worker->thread, WAKE_SIGNAL);
 	pthread_join(worker->thread, NULL);
+	ksm_os_wait_thread_gone(worker->member.tid); /* Python counts them right after a fork */
 	worker->running = false;
 }
 
@@ -404,7 +405,8 @@ void ksm_worker_fork_prepare(struct ksm_worker *worker)
 {
 	struct ksm_call call = {.function = prepare_child};
 	pthread_mutex_lock(&worker->life);
-	if (worker->member.joined && !start_locked(worker)) {
+	worker->prepared = -1;
+	if (worker->member.joined && !(worker->prepared = start_locked(worker))) {
 		pthread_mutex_lock(&worker->queue);
 		call.next = worker->calls; /* before everybody else */
 		worker->calls = &call;
@@ -413,6 +415,7 @@ void ksm_worker_fork_prepare(struct ksm_worker *worker)
 		while (!call.done)
 			pthread_cond_wait(&worker->changed, &worker->queue);
 		pthread_mutex_unlock(&worker->queue);
+		worker->prepared = call.result;
 		if (!call.result)
 			ksm_member_fetch_seeds(&worker->member);
 		stop_locked(worker);

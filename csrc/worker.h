@@ -25,6 +25,7 @@ struct ksm_worker {
 	bool running;
 	bool started; /* the thread has said how its start went */
 	int start_result;
+	int prepared;     /* how the preparations for the last fork went */
 	uint32_t stop;    /* atomic */
 	uint32_t resting; /* atomic: in a long sleep, which a new allocation should end */
 	/* queue of calls */

@@ -154,8 +154,6 @@ def test_malformed_safetensors(arena: ksmalloc.Arena, data: bytes) -> None:
     assert arena.stats().blocks == 0
 
 
-# ---- npy and npz
-
 ARRAYS = [
     np.arange(10_000, dtype="f8").reshape(100, 100),
     np.asfortranarray(np.arange(10_000, dtype=">i4").reshape(100, 100)),
