@@ -376,6 +376,8 @@ int ksm_arena_stats(struct ksm_arena *arena, struct ksm_arena_stats *out)
 {
 	struct ksm_peer *peer = ksm_domain_peer(arena->domain);
 	memset(out, 0, sizeof(*out));
+	for (struct ksm_area *area = arena->halves[0].areas; area; area = area->next)
+		ksm_domain_see_breaks(arena->domain, &area->region); /* without a scanner: as of the last pass */
 	pthread_mutex_lock(&arena->domain->memory);
 	out->blocks = arena->blocks;
 	out->allocated_bytes = arena->bytes;

@@ -264,6 +264,18 @@ int ksm_domain_scan(struct ksm_domain *domain, struct ksm_report *out)
 	return ksm_domain_scan_region(domain, NULL, out);
 }
 
+static int see_breaks(struct ksm_member *member, void *context)
+{
+	struct ksm_scan_between hook = ksm_worker_between(member);
+	ksm_scan_see_breaks(&member->scanner, context, &hook);
+	return 0;
+}
+
+int ksm_domain_see_breaks(struct ksm_domain *domain, struct ksm_region *region)
+{
+	return ksm_worker_call(&domain->worker, see_breaks, region);
+}
+
 static int restore(struct ksm_member *member, void *context)
 {
 	struct scan_request *request = context;
@@ -328,13 +340,13 @@ static int settle_check(struct ksm_member *member, void *context)
 	return 0;
 }
 
-int ksm_domain_settle(struct ksm_domain *domain, uint32_t timeout_ms, struct ksm_report *out)
+int ksm_domain_settle(struct ksm_domain *domain, uint32_t timeout_ms, int again, struct ksm_report *out)
 {
 	struct ksm_stats before, now;
 	struct scan_request request = {.broken_too = true};
 	uint64_t start = ksm_os_now_ns(), deadline = start + timeout_ms * 1000000ull, reminded = 0;
 	int r = ksm_domain_stats(domain, &before);
-	if (!r)
+	if (!r && !again)
 		r = ksm_worker_call(&domain->worker, settle_begin, NULL);
 	while (!r) {
 		uint64_t t = ksm_os_now_ns();
@@ -353,6 +365,7 @@ int ksm_domain_settle(struct ksm_domain *domain, uint32_t timeout_ms, struct ksm
 	*out = (struct ksm_report){
 		.pages_scanned = now.pages_scanned - KSM_MIN(before.pages_scanned, now.pages_scanned),
 		.pages_merged = now.merges - KSM_MIN(before.merges, now.merges),
+		.zero_pages = now.ksm_zero_pages - KSM_MIN(before.ksm_zero_pages, now.ksm_zero_pages),
 		.frames_written = now.promotions - KSM_MIN(before.promotions, now.promotions),
 		.passes = now.full_scans - KSM_MIN(before.full_scans, now.full_scans),
 		.seconds = (double)(ksm_os_now_ns() - start) / 1e9,

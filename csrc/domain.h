@@ -30,6 +30,7 @@ static inline struct ksm_scanner *ksm_domain_scanner(struct ksm_domain *domain)
 
 /* Scan one region (NULL: all), restore one: in the scanner's thread, waited for. */
 int ksm_domain_scan_region(struct ksm_domain *domain, struct ksm_region *region, struct ksm_report *out);
+int ksm_domain_see_breaks(struct ksm_domain *domain, struct ksm_region *region);
 int ksm_domain_restore_region(struct ksm_domain *domain, struct ksm_region *region, bool broken_too,
 			      struct ksm_restore_counts *out);
 

@@ -136,8 +136,9 @@ struct ksm_report {
  * this process, and of frames or candidates that peers had at call time, is merged on this side.
  */
 KSM_API int ksm_domain_scan(struct ksm_domain *domain, struct ksm_report *out);
-/* Ask every peer to finish; wait until nothing more can merge (settled) or timeout_ms have passed. */
-KSM_API int ksm_domain_settle(struct ksm_domain *domain, uint32_t timeout_ms, struct ksm_report *out);
+/* Ask every peer to finish; wait until nothing more can merge (settled) or timeout_ms have passed. again: go on
+ * waiting for what was asked before (callers that look up now and then). */
+KSM_API int ksm_domain_settle(struct ksm_domain *domain, uint32_t timeout_ms, int again, struct ksm_report *out);
 /* One sweep over all frames now: free what nobody refers to. Returns 0; *freed counts frames. */
 KSM_API int ksm_domain_sweep(struct ksm_domain *domain, uint64_t *freed);
 

@@ -84,6 +84,18 @@ static bool look_at_merged(struct ksm_merger *m, size_t i, enum ksm_page_state s
 	return false;
 }
 
+void ksm_merge_see_breaks(struct ksm_merger *merger, struct ksm_region *region, ksm_pageno first, size_t count)
+{
+	merger->region = region;
+	merger->first = first;
+	merger->count = count;
+	if (ksm_os_pagemap(merger->peer->fds.pagemap, ksm_merger_page(merger, 0), count, merger->kinds))
+		return;
+	for (size_t i = 0; i < count; i++)
+		if (ksm_region_state(region, first + i) == KSM_PAGE_MERGED)
+			look_at_merged(merger, i, KSM_PAGE_MERGED);
+}
+
 static void look_at_private(struct ksm_merger *m, size_t i)
 {
 	ksm_pageno page = m->first + i;

@@ -62,6 +62,9 @@ void ksm_merger_fini(struct ksm_merger *merger);
 /* Give the buffer's memory back until it is needed again. */
 void ksm_merger_rest(struct ksm_merger *merger);
 
+/* Only see which merged pages of a stretch have been broken by a write since, and count them. Merge lock held. */
+void ksm_merge_see_breaks(struct ksm_merger *merger, struct ksm_region *region, ksm_pageno first, size_t count);
+
 /*
  * Look at `count` pages from `first` (at most KSM_STRETCH), merge what can be merged. force: cold or not. Merge lock
  * held; the scanner's thread only. Adds to *counts. Nothing that fails in here is lost or fatal.

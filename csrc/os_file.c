@@ -173,14 +173,22 @@ int ksm_os_unlock(int fd, uint64_t byte)
 int64_t ksm_os_lock_find(int fd, uint64_t from, uint64_t nbytes)
 {
 	KSM_FAULT(LOCK);
-	struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = (off_t)from, .l_len = (off_t)nbytes};
-	int r;
-	do
-		r = fcntl(fd, F_OFD_GETLK, &lock);
-	while (r && errno == EINTR);
-	if (r)
-		return -errno;
-	return lock.l_type == F_UNLCK ? -ENOENT : (int64_t)KSM_MAX((uint64_t)lock.l_start, from);
+	int64_t found = -ENOENT;
+	/* The kernel names some lock of the range, not the first: look again below it until there is none. */
+	for (uint64_t end = from + nbytes; end > from; end = (uint64_t)found) {
+		struct flock lock = {
+			.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = (off_t)from, .l_len = (off_t)(end - from)};
+		int r;
+		do
+			r = fcntl(fd, F_OFD_GETLK, &lock);
+		while (r && errno == EINTR);
+		if (r)
+			return -errno;
+		if (lock.l_type == F_UNLCK)
+			break;
+		found = (int64_t)KSM_MAX((uint64_t)lock.l_start, from);
+	}
+	return found;
 }
 
 int ksm_os_unlink(int dirfd, const char *path, bool directory)

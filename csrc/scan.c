@@ -279,6 +279,18 @@ int ksm_scan_restore(struct ksm_scanner *scanner, struct ksm_region *region, boo
 	return r;
 }
 
+void ksm_scan_see_breaks(struct ksm_scanner *scanner, struct ksm_region *region, const struct ksm_scan_between *between)
+{
+	size_t used = used_pages(region);
+	for (ksm_pageno page = 0; page < used; page += KSM_STRETCH) {
+		ksm_merge_lock(scanner->peer);
+		ksm_merge_see_breaks(&scanner->merger, region, page, KSM_MIN(used - page, (size_t)KSM_STRETCH));
+		ksm_merge_unlock(scanner->peer);
+		if (call_between(between))
+			return;
+	}
+}
+
 uint64_t ksm_scan_metadata(struct ksm_scanner *scanner)
 {
 	struct ksm_peer *peer = scanner->peer;

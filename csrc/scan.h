@@ -66,6 +66,9 @@ int ksm_scan_know_peers(struct ksm_scanner *scanner);
 /* Sweep the marked chunks (all: every chunk). Returns frames freed, or -EAGAIN: some chunks stay marked. */
 int64_t ksm_scan_sweep(struct ksm_scanner *scanner, bool all, const struct ksm_scan_between *between);
 
+/* Bring what is known of a region's merged pages up to date. */
+void ksm_scan_see_breaks(struct ksm_scanner *scanner, struct ksm_region *region,
+			 const struct ksm_scan_between *between);
 /* Make a region private again (see restore.h), taking the merge lock a piece at a time. */
 int ksm_scan_restore(struct ksm_scanner *scanner, struct ksm_region *region, bool broken_too,
 		     const struct ksm_scan_between *between, struct ksm_restore_counts *counts);

@@ -227,6 +227,8 @@ static void nap(struct ksm_worker *worker, uint64_t ns)
 static void loop(struct ksm_worker *worker)
 {
 	uint64_t resume_at = 0;
+	worker->settle_seq =
+		ksm_load_seqcst(&worker->member.peer.control->settle_seq); /* what was asked before we came */
 	while (!ksm_load_acquire(&worker->stop)) {
 		run_calls(worker);
 		if (ksm_load_acquire(&worker->stop) || !worker->member.joined)

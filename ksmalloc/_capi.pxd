@@ -88,7 +88,7 @@ cdef extern from "ksmalloc.h" nogil:
         int32_t settled
         int32_t why_not
 
-    int ksm_domain_settle(ksm_domain *domain, uint32_t timeout_ms, ksm_report *out)
+    int ksm_domain_settle(ksm_domain *domain, uint32_t timeout_ms, int again, ksm_report *out)
     int ksm_domain_sweep(ksm_domain *domain, uint64_t *freed)
 
     # ---- settings

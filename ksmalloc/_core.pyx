@@ -125,10 +125,10 @@ cdef class Domain:
             rc = c.ksm_domain_peers(self.domain, found, c.KSM_PEERS_MAX)
         return [found[i] for i in range(min(check(rc, "peers of a domain"), c.KSM_PEERS_MAX))]
 
-    def settle(self, uint32_t timeout_ms):
+    def settle(self, uint32_t timeout_ms, bint again):
         cdef c.ksm_report report
         with nogil:
-            rc = c.ksm_domain_settle(self.domain, timeout_ms, &report)
+            rc = c.ksm_domain_settle(self.domain, timeout_ms, again, &report)
         check(rc, "settle a domain")
         return report
 

@@ -8,6 +8,7 @@ import operator
 import os
 import re
 import threading
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import NoReturn
@@ -18,7 +19,7 @@ from ksmalloc.rendezvous import Settings, rendezvous
 from ksmalloc.stats import PeerInfo, Report, Stats, make_peer, make_report, make_stats
 
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-_UINT32_MAX = (1 << 32) - 1
+_SUMMED = ("pages_scanned", "pages_merged", "zero_pages", "frames_written", "passes", "seconds")
 _AUTO = _core.BARRIERS["auto"]
 
 
@@ -185,13 +186,23 @@ def domain_of(domain: Domain | str | None) -> Domain:
 def settle(timeout: float = 30, *, domain: Domain | str | None = None) -> Report:
     """Ask all peers of a domain to finish: return when nothing more can merge, or after `timeout` seconds.
 
-    `Report.settled` says which; its figures are this process's. domain: None the default one, a str the one
+    `Report.settled` says which; its figures are the domain's. domain: None the default one, a str the one
     of that name, or a `Domain`. The GIL is released meanwhile. ValueError if timeout is negative.
     """
     if math.isnan(timeout) or timeout < 0:
         raise ValueError(f"a timeout is at least 0 seconds, not {timeout!r}")
-    milliseconds = math.ceil(min(timeout * 1000, _UINT32_MAX))
-    return make_report(domain_of(domain)._membership().settle(milliseconds), settle=True)
+    core = domain_of(domain)._membership()
+    end = time.monotonic() + timeout
+    total = core.settle(_slice(timeout), False)
+    while not total["settled"] and (left := end - time.monotonic()) > 0:  # signals are handled here
+        more = core.settle(_slice(left), True)
+        total = {**more, **{name: total[name] + more[name] for name in _SUMMED}}
+    return make_report(total, settle=True)
+
+
+def _slice(seconds: float) -> int:
+    """How many milliseconds to spend in one call: not so long that Ctrl-C would seem to be ignored."""
+    return math.ceil(min(seconds, 0.2) * 1000)
 
 
 def stats(domain: Domain | str | None = None) -> Stats:

@@ -91,10 +91,15 @@ def test_clean_leaves_what_is_no_rendezvous(ctl: Ctl, objects: list[str]) -> Non
     (Path(ctl.path) / "photos").mkdir()
     (Path(ctl.path) / "photos" / "cat.jpg").write_bytes(b"meow")
     (Path(ctl.path) / "empty").mkdir()
+    (Path(ctl.path) / "names").mkdir()
+    (Path(ctl.path) / "names" / "domain").write_bytes(b"example.org")
+    ctl.said("stop", "--domain", "more")
+    (Path(ctl.path) / "more" / "notes").write_bytes(b"")
     (Path(ctl.path) / "link").symlink_to("photos")
     (Path(ctl.path) / "ksmalloc").write_bytes(b"ksmalloc")
     assert ctl.said("clean") == "nothing to remove\n"
-    assert sorted(os.listdir(ctl.path)) == ["empty", "ksmalloc", "link", "photos"]
+    assert sorted(os.listdir(ctl.path)) == ["empty", "ksmalloc", "link", "more", "names", "photos"]
+    assert sorted(os.listdir(os.path.join(ctl.path, "more"))) == ["domain", "notes"]
 
 
 def test_clean_without_any_rendezvous(ctl: Ctl, objects: list[str]) -> None:

@@ -37,6 +37,7 @@ def test_a_team() -> None:
             team.ask("exit", 7, who=2)
         with pytest.raises(WorkerError, match=f"worker {pids[2]} ended with 7"):
             team.ask("pid")
+        assert team.ask("echo", "again", who=0) == ("again",)
         os.kill(pids[1], signal.SIGKILL)
         with pytest.raises(WorkerError, match=f"worker {pids[1]} was killed by SIGKILL"):
             team.ask("pid", who=1)

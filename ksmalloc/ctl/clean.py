@@ -21,7 +21,8 @@ Remove the rendezvous of every domain in which nobody lives, settings included, 
 backing "shm" that no process has open or mapped. Living domains are left alone."""
 
 SHM = "/dev/shm"
-MAGIC = b"ksmalloc"  # what a domain file begins with
+DOMAIN_FILE = "domain"
+MAGIC = b"ksmalloc"  # what it begins with
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,14 +75,15 @@ def rendezvous(root: str) -> list[str]:
 
 
 def is_rendezvous(directory: str) -> bool:
-    """Whether a file in it begins as a domain file does."""
-    with os.scandir(directory) as entries:
-        files = [entry.path for entry in entries if entry.is_file(follow_symlinks=False)]
-    for path in files:
-        with open(path, "rb") as file:
-            if file.read(len(MAGIC)) == MAGIC:
-                return True
-    return False
+    """Whether it holds a domain file, perhaps sockets of peers, and nothing else."""
+    names = set(os.listdir(directory))
+    if (
+        any(name != DOMAIN_FILE and not name.startswith("peer-") for name in names)
+        or DOMAIN_FILE not in names
+    ):
+        return False
+    with open(os.open(os.path.join(directory, DOMAIN_FILE), os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        return file.read(len(MAGIC)) in (MAGIC, bytes(len(MAGIC)))  # zeros: settings, and never a domain yet
 
 
 def occupied(directory: str) -> int:

@@ -33,6 +33,7 @@ class Team:
         resource_tracker.ensure_running()  # it would start with the first worker, and let interrupts through
         self._context = multiprocessing.get_context("spawn")
         self._members: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
+        self._told = [0] * count
         try:
             with signals.held():
                 for number in range(count):
@@ -71,27 +72,30 @@ class Team:
         return [answers[number] for number in numbers] if who is None else answers[who]
 
     def tell(self, command: str, *args: Any, numbers: Sequence[int]) -> None:
-        """Send a command; each of `numbers` then owes an answer()."""
+        """Send a command; each of `numbers` then owes an answer(). Answers to earlier ones no longer count."""
         for number in numbers:
+            self._told[number] += 1
             try:
-                self._members[number][1].send((command, args))
+                self._members[number][1].send((self._told[number], command, args))
             except OSError:
                 raise self._died(number) from None
 
     def has_answered(self, number: int, timeout: float) -> bool:
-        """Whether answer() would return, or raise, at once."""
+        """Whether there is something for answer() to read, or to raise."""
         process, connection = self._members[number]
         return bool(wait([connection, process.sentinel], timeout))
 
     def answer(self, number: int) -> Any:
         process, connection = self._members[number]
-        wait([connection, process.sentinel])
-        try:
-            if not connection.poll():
-                raise self._died(number)
-            ok, value = connection.recv()
-        except (EOFError, ConnectionError):
-            raise self._died(number) from None
+        told = 0
+        while told != self._told[number]:
+            wait([connection, process.sentinel])
+            try:
+                if not connection.poll():
+                    raise self._died(number)
+                told, ok, value = connection.recv()
+            except (EOFError, ConnectionError):
+                raise self._died(number) from None
         if not ok:
             raise WorkerError(f"worker {process.pid}: {value}")
         return value
@@ -135,14 +139,14 @@ def _serve(connection: Connection, commands: Commands) -> None:
     table: dict[str, Callable[..., Any]] = {}
     while True:
         try:
-            name, args = connection.recv()
+            told, name, args = connection.recv()
         except (EOFError, ConnectionError):
             return  # the parent is done with us, or gone
         try:
             table = table or commands()
-            answer = True, table[name](*args)
+            answer = told, True, table[name](*args)
         except Exception as error:
-            answer = False, "".join(traceback.format_exception_only(type(error), error)).strip()
+            answer = told, False, "".join(traceback.format_exception_only(type(error), error)).strip()
         try:
             connection.send(answer)
         except ConnectionError:
