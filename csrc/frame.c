@@ -135,7 +135,6 @@ uint32_t ksm_frame_publish(struct ksm_peer *peer, ksm_frameno frame, uint64_t di
 	ksm_store_release(&peer->checks[frame], (uint32_t)(digest >> (KSM_DIGEST_CHECK_SHIFT)));
 	if (ksm_cell_state(mine) == KSM_CELL_ALLOC && ksm_cell_slot(mine) == peer->seat.slot)
 		ksm_cas_seqcst(cell_of(peer, frame), mine, ksm_cell_make(KSM_CELL_PUBLISHED, 0, 0, generation));
-	ksm_add_seqcst(&peer->control->changes, 1);
 	return generation;
 }
 

@@ -104,6 +104,7 @@ void ksm_index_insert(struct ksm_index *index, struct ksm_peer *peer, uint64_t d
 		      uint32_t generation)
 {
 	ksm_table_insert(&index->frames, digest, index_word(digest, frame, generation), index_is_stale, peer);
+	ksm_add_seqcst(&peer->control->changes, 1); /* after it can be found: see ksm_slot.quiet_at */
 }
 
 /* ---- candidates ------------------------------------------------------------------------------------- */

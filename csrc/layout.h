@@ -20,8 +20,7 @@
  *   ┌────────────────────────┐ 0
  *   │ struct ksm_domain_file │
  *   └────────────────────────┘ one page
- *     2^32 + 0                 join lock (OFD)
- *     2^32 + 1                 settings lock (OFD)
+ *     2^32 + 0                 join lock (OFD); also taken to write settings
  *     2^32 + 64 + slot         liveness locks (OFD), in the same place in every version of the layout
  */
 #ifndef KSM_LAYOUT_H
@@ -183,7 +182,6 @@ struct ksm_domain_file {
 
 #define KSM_LOCK_BASE (1ull << 32)
 #define KSM_LOCK_JOIN (KSM_LOCK_BASE + 0)
-#define KSM_LOCK_SETTINGS (KSM_LOCK_BASE + 1)
 #define KSM_LOCK_LIVENESS (KSM_LOCK_BASE + 64)
 
 /* ---- messages between peers ------------------------------------------------------------------------ */

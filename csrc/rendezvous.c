@@ -283,14 +283,17 @@ int ksm_settings_read(const struct ksm_domain_options *options, struct ksm_setti
 
 int ksm_settings_write(const struct ksm_domain_options *options, const struct ksm_settings *settings)
 {
+	struct ksm_domain_file head = {0};
 	struct ksm_rendezvous rendezvous;
 	int r = ksm_rendezvous_open(options, true, &rendezvous);
 	if (r)
 		return r;
-	r = ksm_rendezvous_lock(rendezvous.file, KSM_LOCK_SETTINGS, 1000);
+	r = ksm_rendezvous_lock(rendezvous.file, KSM_LOCK_JOIN, 10000);
+	if (!r && ksm_rendezvous_read(rendezvous.file, &head) == -ENODATA)
+		r = ksm_rendezvous_write(rendezvous.file, head.id, KSM_BACKING_MEMFD); /* before anybody lives there */
 	if (!r)
 		r = ksm_rendezvous_set_settings(rendezvous.file, settings);
-	ksm_os_unlock(rendezvous.file, KSM_LOCK_SETTINGS);
+	ksm_os_unlock(rendezvous.file, KSM_LOCK_JOIN);
 	ksm_rendezvous_close(&rendezvous);
 	return r;
 }

@@ -120,7 +120,8 @@ static void publish_pass(struct ksm_scanner *scanner, const struct ksm_merge_cou
 	struct ksm_slot *self = scanner->peer->self;
 	ksm_count_set(self, KSM_PAGES_UNSHARED, counts->unshared);
 	ksm_count_set(self, KSM_PAGES_VOLATILE, counts->written);
-	ksm_count(self, KSM_FULL_SCANS, 1);
+	if (scanner->regions)
+		ksm_count(self, KSM_FULL_SCANS, 1);
 	ksm_store_relaxed(&self->why_not, counts->why_not);
 }
 

@@ -20,7 +20,7 @@ from ksmalloc.ctl import main
 
 MIB = 1 << 20
 WORKERS = 3
-OVERHEAD = 2 * MIB
+OVERHEAD = 3 * MIB
 """What a worker may take beside the pages themselves: bookkeeping, scratch, and the allocator's whims."""
 
 DEMO = [sys.executable, "-m", "ksmalloc", "demo"]

@@ -72,7 +72,7 @@ class Team:
         return [answers[number] for number in numbers] if who is None else answers[who]
 
     def tell(self, command: str, *args: Any, numbers: Sequence[int]) -> None:
-        """Send a command; each of `numbers` then owes an answer(). Answers to earlier ones no longer count."""
+        """Send a command; each of `numbers` then owes an answer(). What they still owed is forgotten."""
         for number in numbers:
             self._told[number] += 1
             try:
