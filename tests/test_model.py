@@ -15,7 +15,8 @@ import pytest
 def _load() -> ModuleType:
     path = Path(__file__).resolve().parent / "model" / "check.py"
     spec = importlib.util.spec_from_file_location("ksmalloc_model_check", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
