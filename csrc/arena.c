@@ -78,6 +78,7 @@ static int area_create(struct ksm_arena *arena, struct ksm_half *half, size_t le
 	ksm_os_advise(area->base, area->room << KSM_PAGE_SHIFT, MADV_NOHUGEPAGE);
 	if (half->mergeable) {
 		area->region.background = arena->background;
+		area->region.excluded = arena->excluded;
 		ksm_merge_lock(peer);
 		ksm_scanner_add(ksm_domain_scanner(domain), &area->region);
 		ksm_merge_unlock(peer);
@@ -332,10 +333,13 @@ int ksm_arena_free(struct ksm_arena *arena, struct ksm_block *block)
 static void exclude(struct ksm_arena *arena, bool excluded)
 {
 	struct ksm_peer *peer = ksm_domain_peer(arena->domain);
+	pthread_mutex_lock(&arena->domain->memory);
 	ksm_merge_lock(peer);
+	arena->excluded = excluded;
 	for (struct ksm_area *area = arena->halves[0].areas; area; area = area->next)
 		area->region.excluded = excluded;
 	ksm_merge_unlock(peer);
+	pthread_mutex_unlock(&arena->domain->memory);
 }
 
 int ksm_arena_scan(struct ksm_arena *arena, struct ksm_report *out)

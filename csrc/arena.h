@@ -31,6 +31,7 @@ struct ksm_arena {
 	uint64_t references;
 	bool closed;
 	bool background;
+	bool excluded; /* unmerged by name: its areas too, and those to come */
 	struct ksm_half halves[2];
 	uint64_t blocks, bytes, pages;
 };

@@ -48,7 +48,7 @@ static int open_descriptor(void)
 
 static int register_scratch(struct ksm_barrier *barrier)
 {
-	return ksm_os_uffd_register(barrier->uffd, barrier->scratch, bytes(KSM_WINDOW_PAGES), KSM_UFFD_MISSING);
+	return ksm_os_uffd_register(barrier->uffd, barrier->scratch, bytes(KSM_WINDOW_PAGES), KSM_UFFD_PROTECT);
 }
 
 static void move_destroy(struct ksm_barrier *barrier)
@@ -110,31 +110,25 @@ static unsigned unregister_and_wake(struct ksm_barrier *barrier, char *at, size_
 	return failures;
 }
 
-static bool move_back(struct ksm_barrier *barrier, size_t page, size_t count)
+/* Returns how many pages went back: the kernel says how far it came, and that is exact. */
+static size_t move_back(struct ksm_barrier *barrier, size_t page, size_t count)
 {
 	char *to = barrier->at + bytes(page), *from = barrier->scratch + bytes(page);
-	for (size_t done = 0; done < bytes(count);) {
+	size_t done = 0;
+	while (done < bytes(count)) {
 		int64_t moved = ksm_os_uffd_move(barrier->uffd, to + done, from + done, bytes(count) - done);
 		if (moved <= 0)
-			return false;
+			break;
 		done += (size_t)moved;
 	}
-	return true;
+	return done >> KSM_PAGE_SHIFT;
 }
 
-/* One page, by every means there is: MOVE-3. Returns the number of means that failed. */
+/* One page that is still out, by every means there is: MOVE-3. Returns the number of means that failed. */
 static unsigned put_back_hard(struct ksm_barrier *barrier, size_t page)
 {
 	char *to = barrier->at + bytes(page), *from = barrier->scratch + bytes(page);
 	unsigned failures = 1;
-	uint16_t still;
-	/* Moved already, before the run failed half-way? The scratch page is then missing, and reading it would block. */
-	int pagemap = ksm_os_open(-100, "/proc/self/pagemap", 0, 0);
-	bool gone = pagemap >= 0 && !ksm_os_pagemap(pagemap, from, 1, &still) &&
-		    !(still & (KSM_PAGE_PRESENT | KSM_PAGE_SWAPPED));
-	ksm_os_close(pagemap);
-	if (gone)
-		return failures;
 	for (int attempt = 0; attempt < 1000; attempt++) {
 		if (ksm_os_uffd_move(barrier->uffd, to, from, KSM_PAGE_SIZE) == (int64_t)KSM_PAGE_SIZE)
 			return failures;
@@ -168,8 +162,8 @@ static unsigned put_back_all(struct ksm_barrier *barrier)
 		size_t n = 1;
 		while (page + n < barrier->pages && barrier->fate[page + n] == barrier->fate[page])
 			n++;
-		if (barrier->fate[page] == KSM_WINDOW_OUT && !move_back(barrier, page, n))
-			for (size_t i = 0; i < n; i++)
+		if (barrier->fate[page] == KSM_WINDOW_OUT)
+			for (size_t i = move_back(barrier, page, n); i < n; i++)
 				failures += put_back_hard(barrier, page + i);
 		page += n;
 	}
@@ -204,10 +198,16 @@ static int move_open(struct ksm_barrier *barrier, char *at, size_t pages)
 		start_over(barrier);
 	if (barrier->uffd < 0)
 		return -EBADF;
+	munlock(barrier->scratch, bytes(KSM_WINDOW_PAGES)); /* locked by mlockall(): then locked pages would move */
 	int r = ksm_os_uffd_register(barrier->uffd, at, bytes(pages), KSM_UFFD_MISSING);
-	if (r)
+	if (r) { /* the mappings before the one that failed are registered */
+		unregister_and_wake(barrier, at, pages, true);
 		return r;
+	}
 	int64_t moved = ksm_os_uffd_move(barrier->uffd, barrier->scratch, at, bytes(pages));
+	/* An earlier window could not empty the scratch area at its end? */
+	if (moved == -EEXIST && !ksm_os_advise(barrier->scratch, bytes(KSM_WINDOW_PAGES), MADV_DONTNEED))
+		moved = ksm_os_uffd_move(barrier->uffd, barrier->scratch, at, bytes(pages));
 	if (moved <= 0) {
 		unregister_and_wake(barrier, at, pages, true);
 		return moved == 0 ? -EBUSY : (int)moved;
@@ -240,6 +240,8 @@ static unsigned move_close(struct ksm_barrier *barrier)
 
 static int move_hold(struct ksm_barrier *barrier, char *at, size_t pages)
 {
+	if (barrier->uffd < 0)
+		start_over(barrier);
 	if (barrier->uffd < 0)
 		return -EBADF;
 	int r = ksm_os_uffd_register(barrier->uffd, at, bytes(pages), KSM_UFFD_PROTECT);

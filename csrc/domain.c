@@ -159,11 +159,20 @@ struct peers_request {
 	struct ksm_stats sum;
 };
 
+/* Holes of the table are passed over: reading them would allocate them. */
 static uint64_t frames_published(const struct ksm_peer *peer)
 {
 	uint64_t count = 0, high = KSM_MIN(ksm_load_acquire(&peer->control->frames_high), peer->layout.frames);
-	for (uint64_t frame = 0; frame < high; frame++)
-		count += ksm_cell_state(ksm_load_relaxed(&peer->cells[frame])) == KSM_CELL_PUBLISHED;
+	for (uint64_t frame = 0; frame < high;) {
+		uint64_t at = peer->layout.cells + frame * sizeof(uint64_t);
+		int64_t data = ksm_os_seek_data(peer->fds.control, at);
+		if (data >= (int64_t)(peer->layout.cells + high * sizeof(uint64_t)))
+			break;
+		frame = ((uint64_t)data - peer->layout.cells) / sizeof(uint64_t);
+		uint64_t end = KSM_MIN(high, (frame / (KSM_PAGE_SIZE / 8) + 1) * (KSM_PAGE_SIZE / 8));
+		for (; frame < end; frame++)
+			count += ksm_cell_state(ksm_load_relaxed(&peer->cells[frame])) == KSM_CELL_PUBLISHED;
+	}
 	return count;
 }
 
@@ -246,7 +255,7 @@ static int scan(struct ksm_member *member, void *context)
 		.seconds = (double)(ksm_os_now_ns() - start) / 1e9,
 		.why_not = member->scanner.barrier.ops ? counts.why_not : member->peer.self->why_not,
 	};
-	return r ? -EAGAIN : 0;
+	return r ? -ECANCELED : 0;
 }
 
 int ksm_domain_scan_region(struct ksm_domain *domain, struct ksm_region *region, struct ksm_report *out)
@@ -255,7 +264,7 @@ int ksm_domain_scan_region(struct ksm_domain *domain, struct ksm_region *region,
 	int r;
 	do /* a fork in another thread ends the scanner half-way; the next one starts over */
 		r = ksm_worker_call(&domain->worker, scan, &request);
-	while (r == -EAGAIN);
+	while (r == -ECANCELED);
 	return r;
 }
 

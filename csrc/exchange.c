@@ -29,6 +29,7 @@
 #include <unistd.h>
 
 #define CLIENT_PATIENCE_NS 3000000000ull
+#define DEAF_NS 1000000000ull
 
 static void socket_name(ksm_slotno slot, char name[24])
 {
@@ -75,7 +76,7 @@ void ksm_exchange_close(struct ksm_exchange *exchange, const struct ksm_peer *pe
 size_t ksm_exchange_poll_set(const struct ksm_exchange *exchange, struct pollfd *out)
 {
 	size_t n = 0;
-	if (exchange->listener >= 0)
+	if (exchange->listener >= 0 && ksm_os_now_ns() >= exchange->deaf_until_ns)
 		out[n++] = (struct pollfd){.fd = exchange->listener, .events = POLLIN};
 	for (size_t i = 0; i < KSM_EXCHANGE_CLIENTS; i++)
 		if (exchange->clients[i].fd >= 0)
@@ -134,7 +135,8 @@ static bool serve_client(struct ksm_exchange *exchange, const struct ksm_peer *p
 
 static void welcome(struct ksm_exchange *exchange, const struct ksm_peer *peer, uint64_t now)
 {
-	for (int fd; (fd = ksm_os_accept(exchange->listener)) >= 0;) {
+	int fd;
+	while ((fd = ksm_os_accept(exchange->listener)) >= 0) {
 		if (serve_client(exchange, peer, fd)) {
 			ksm_os_close(fd);
 			continue;
@@ -152,6 +154,8 @@ static void welcome(struct ksm_exchange *exchange, const struct ksm_peer *peer, 
 		exchange->clients[place].fd = fd;
 		exchange->clients[place].since_ns = now;
 	}
+	if (fd != -EAGAIN && fd != -ECONNABORTED)
+		exchange->deaf_until_ns = now + DEAF_NS; /* EMFILE and the like: who waits would keep us awake */
 }
 
 void ksm_exchange_serve(struct ksm_exchange *exchange, const struct ksm_peer *peer)
@@ -274,7 +278,7 @@ int ksm_exchange_fetch_bitmap(struct ksm_exchange *exchange, struct ksm_peer *pe
 			continue;
 		ksm_merge_lock(peer);
 		int r = ksm_peer_attach_bitmap(peer, slot, fds[0]);
-		bool current = !r && peer->others[slot].epoch == ksm_load_acquire(&ksm_peer_slot(peer, slot)->epoch);
+		bool current = !r && ksm_peer_has_bitmap(peer, slot);
 		ksm_merge_unlock(peer);
 		if (current)
 			return 0;

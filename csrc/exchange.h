@@ -20,8 +20,9 @@ struct ksm_exchange {
 		int fd; /* -1: free */
 		uint64_t since_ns;
 	} clients[KSM_EXCHANGE_CLIENTS];
-	bool woken;           /* somebody sent a wake */
-	int seeds[KSM_SEEDS]; /* what to hand to a thread of our own process that asks; -1: nothing */
+	bool woken;             /* somebody sent a wake */
+	uint64_t deaf_until_ns; /* no descriptor was to be had: do not listen until then */
+	int seeds[KSM_SEEDS];   /* what to hand to a thread of our own process that asks; -1: nothing */
 };
 
 /* Most descriptors ksm_exchange_poll_set() can add. */

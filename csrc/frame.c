@@ -73,6 +73,12 @@ static bool try_allocate(struct ksm_peer *peer, ksm_frameno frame)
 	return true;
 }
 
+/* Then no frame can be had until the living are listed again; it is not the frames' fault. */
+static bool somebody_came(const struct ksm_peer *peer)
+{
+	return ksm_load_seqcst(&peer->control->peer_epoch) != peer->living_epoch;
+}
+
 /* Free frames from here to the end of the stretch we reserved, a new stretch, then anywhere. */
 static bool allocate_anywhere(struct ksm_peer *peer, ksm_frameno *out)
 {
@@ -81,7 +87,7 @@ static bool allocate_anywhere(struct ksm_peer *peer, ksm_frameno *out)
 		return true;
 	}
 	uint64_t high = ksm_load_acquire(&peer->control->frames_high);
-	while (high < peer->layout.frames) {
+	while (high < peer->layout.frames && !somebody_came(peer)) {
 		uint64_t start = (high + STRETCH - 1) / STRETCH * STRETCH;
 		if (start >= peer->layout.frames)
 			break;
@@ -92,13 +98,17 @@ static bool allocate_anywhere(struct ksm_peer *peer, ksm_frameno *out)
 		}
 		high = ksm_load_acquire(&peer->control->frames_high);
 	}
-	for (uint64_t i = 0; i < peer->layout.frames; i++) {
+	uint64_t freed = ksm_load_acquire(&peer->control->frames_freed);
+	if (peer->full_at == freed + 1) /* every frame was looked at, and none was freed since */
+		return false;
+	for (uint64_t i = 0; i < peer->layout.frames && !somebody_came(peer); i++) {
 		ksm_frameno frame = (ksm_frameno)((peer->next_frame + i) % peer->layout.frames);
 		if (try_allocate(peer, frame)) {
 			*out = frame;
 			return true;
 		}
 	}
+	peer->full_at = somebody_came(peer) ? 0 : freed + 1;
 	return false;
 }
 
@@ -114,7 +124,7 @@ int ksm_frame_alloc(struct ksm_peer *peer, ksm_frameno want, ksm_frameno *out)
 		return 0;
 	}
 	if (!allocate_anywhere(peer, out))
-		return -ENOSPC;
+		return somebody_came(peer) ? -EAGAIN : -ENOSPC;
 	peer->next_frame = *out + 1;
 	return 0;
 }

@@ -209,10 +209,23 @@ static bool visit_claim(void *context, uint64_t *at, uint64_t word)
 	return ksm_cas_seqcst(at, word, search->mine | CLAIMED);
 }
 
+static bool visit_rival(void *context, uint64_t *at KSM_UNUSED, uint64_t word)
+{
+	const struct ksm_peer *peer = context;
+	return (word & CLAIMED) && !owner_is_self(peer, word) && owner_is_living(peer, word);
+}
+
 bool ksm_candidate_claim(struct ksm_index *index, struct ksm_peer *peer, uint64_t digest, const void *page)
 {
 	struct candidate_search search = {peer, candidate_word(peer, digest, page), KSM_CANDIDATE_NONE};
-	return candidates_visit(index, digest, visit_claim, &search);
+	if (!candidates_visit(index, digest, visit_claim, &search))
+		return false;
+	/* Two peers may have said they have it, and two others claimed one word each: of them at least one sees the
+	 * other here, for a claim is a full fence. */
+	if (!candidates_visit(index, digest, visit_rival, peer))
+		return true;
+	ksm_candidate_unclaim(index, peer, digest, page);
+	return false;
 }
 
 void ksm_candidate_unclaim(struct ksm_index *index, const struct ksm_peer *peer, uint64_t digest, const void *page)

@@ -100,6 +100,7 @@ static inline uint32_t ksm_cell_generation(uint64_t cell)
  * they say about a slot whose lock is free means nothing.
  */
 struct ksm_slot {
+	uint64_t nonce;       /* random, of this incarnation; the same in its bitmap */
 	uint32_t epoch;       /* raised by one each time the slot is taken; identifies the incarnation */
 	int32_t pid;          /* for people */
 	uint32_t sleeping;    /* 1: a wake message would shorten its sleep */
@@ -143,7 +144,7 @@ struct ksm_control {
 	uint32_t no_sweep;     /* 1, for good: some process could not be given a slot, so nothing is ever freed */
 	uint32_t index_levels; /* levels in use, raised by compare-and-swap */
 	uint32_t candidate_levels;
-	uint32_t reserved2;
+	uint32_t slots_high; /* slots [0, slots_high) have ever been taken */
 };
 
 #define KSM_CHUNK_SHIFT 12 /* frames in a chunk of the sweep: 4,096 */
@@ -156,6 +157,7 @@ struct ksm_bitmap {
 	uint8_t id[16]; /* the domain's */
 	uint32_t slot;
 	uint32_t slot_epoch;
+	uint64_t nonce;  /* the slot's */
 	uint64_t frames; /* room */
 	uint64_t high;   /* bits [0, high) are valid; raised (release) before the first bit above is set */
 };

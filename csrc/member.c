@@ -67,7 +67,9 @@ void ksm_member_init(struct ksm_member *member, const struct ksm_domain_options 
 uint64_t ksm_member_inode(int fd)
 {
 	struct stat stat;
-	return fd >= 0 && !ksm_os_stat(fd, &stat) ? (uint64_t)stat.st_ino : 0;
+	if (fd < 0 || ksm_os_stat(fd, &stat))
+		return 0;
+	return (uint64_t)stat.st_ino ^ (uint64_t)stat.st_dev * 0x9e3779b97f4a7c15ull;
 }
 
 int ksm_member_own_table(struct ksm_member *member)
@@ -285,6 +287,18 @@ int ksm_member_join(struct ksm_member *member)
 	return KSM_ENOPEER;
 }
 
+/* The join lock, answering whoever holds it and asks us meanwhile. */
+static int lock_and_serve(struct ksm_member *member, int file)
+{
+	uint64_t deadline = ksm_os_now_ns() + JOIN_LOCK_MS * 1000000ull;
+	int r;
+	while ((r = ksm_os_lock_try(file, KSM_LOCK_JOIN)) == -EAGAIN && ksm_os_now_ns() < deadline) {
+		ksm_exchange_serve(&member->exchange, &member->peer);
+		ksm_os_sleep_ns(500000);
+	}
+	return r;
+}
+
 void ksm_member_leave(struct ksm_member *member)
 {
 	struct ksm_peer *peer = &member->peer;
@@ -292,7 +306,7 @@ void ksm_member_leave(struct ksm_member *member)
 	int file = peer->fds.file;
 	bool named = member->backing == KSM_BACKING_SHM && file >= 0;
 	if (named)
-		named = ksm_rendezvous_lock(file, KSM_LOCK_JOIN, JOIN_LOCK_MS) == 0;
+		named = lock_and_serve(member, file) == 0;
 	memcpy(id, peer->control->id, sizeof(id));
 	peer->fds.file = -1; /* stays open until the lock is given back */
 	ksm_scanner_fini(&member->scanner);

@@ -63,6 +63,8 @@ int ksm_member_prepare_child(struct ksm_member *member);
 void ksm_member_fetch_seeds(struct ksm_member *member);
 /* The scanner has ended, the merge lock is held: the child's bits become a copy of ours. */
 void ksm_member_fork_prepare(struct ksm_member *member);
+/* The thread has ended and its table is gone: no descriptor of it means anything any more. */
+void ksm_member_forget_table(struct ksm_member *member);
 void ksm_member_fork_parent(struct ksm_member *member);
 void ksm_member_fork_child(struct ksm_member *member);
 /* The new scanner has its own copies: close the program's, those that still are what they were; ours: not the
@@ -71,7 +73,7 @@ void ksm_member_drop_seeds(struct ksm_member *member, bool ours);
 
 /* ---- shared by member.c and member_fork.c -------------------------------------------------------------- */
 
-/* 0: no such descriptor. */
+/* Device and inode in one word; 0: no such descriptor. */
 uint64_t ksm_member_inode(int fd);
 /* Seated: open what a scanner needs, choose the barrier, listen. uffd: one to fall back on, or -1. */
 int ksm_member_settle_in(struct ksm_member *member, int uffd);

@@ -37,7 +37,11 @@ static bool seed_is_good(const struct ksm_member *member, int seed, int fd)
 static int take_seed(struct ksm_member *member, enum ksm_seed seed)
 {
 	int fd = member->seeds_here[seed];
-	return seed_is_good(member, seed, fd) ? fd : -1;
+	member->seeds_here[seed] = -1;
+	if (seed_is_good(member, seed, fd))
+		return fd;
+	ksm_os_close(fd); /* the program's by now: our copy of it would keep its file open */
+	return -1;
 }
 
 /* By path, if what is there is still the same. */
@@ -137,20 +141,19 @@ int ksm_member_prepare_child(struct ksm_member *member)
 {
 	struct ksm_peer *peer = &member->peer;
 	int *seeds = member->exchange.seeds;
-	int r = ksm_seat_take(peer, true, &member->child);
-	if (r) {
-		member->child = (struct ksm_seat){.slot = KSM_NO_SLOT, .bitmap_fd = -1};
-		return r;
-	}
 	seeds[KSM_SEED_DIRECTORY] = peer->fds.directory;
 	seeds[KSM_SEED_FILE] = peer->fds.file;
 	seeds[KSM_SEED_CONTROL] = peer->fds.control;
 	seeds[KSM_SEED_STORE] = peer->fds.store;
 	seeds[KSM_SEED_BITMAP] = peer->seat.bitmap_fd;
-	seeds[KSM_SEED_CHILD] = member->child.bitmap_fd;
 	seeds[KSM_SEED_UFFD] = member->scanner.barrier.uffd;
-	member->inodes[KSM_SEED_CHILD] = ksm_member_inode(member->child.bitmap_fd);
-	return 0;
+	int r = ksm_seat_take(peer, true, &member->child);
+	if (r)
+		member->child = (struct ksm_seat){.slot = KSM_NO_SLOT, .bitmap_fd = -1};
+	/* Without a child's bitmap our own stands in for it: seeds travel in order, without gaps. */
+	seeds[KSM_SEED_CHILD] = r ? peer->seat.bitmap_fd : member->child.bitmap_fd;
+	member->inodes[KSM_SEED_CHILD] = r ? 0 : ksm_member_inode(member->child.bitmap_fd);
+	return r;
 }
 
 void ksm_member_fetch_seeds(struct ksm_member *member)
@@ -175,7 +178,7 @@ void ksm_member_fork_prepare(struct ksm_member *member)
 {
 	struct ksm_peer *peer = &member->peer;
 	if (member->child.slot == KSM_NO_SLOT) {
-		if (peer->control)
+		if (peer->control && ksm_peer_refers(peer))
 			ksm_store_release(&peer->control->no_sweep, 1); /* MEMBER-2 */
 		return;
 	}
@@ -205,11 +208,16 @@ static void forget_scanner(struct ksm_member *member, bool mapped)
 	member->peer.living_known = false;
 }
 
-void ksm_member_fork_parent(struct ksm_member *member)
+void ksm_member_forget_table(struct ksm_member *member)
 {
 	forget_scanner(member, true);
 	ksm_peer_forget_descriptors(&member->peer, true);
 	member->peer.seat.bitmap_fd = -1;
+}
+
+void ksm_member_fork_parent(struct ksm_member *member)
+{
+	ksm_member_forget_table(member);
 	member->child_slot = member->child.slot;
 	ksm_seat_unmap(&member->child); /* the child's copy of the mapping keeps its lock */
 }

@@ -31,6 +31,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#define KSM_POPULATE_WRITE 23 /* MADV_POPULATE_WRITE, Linux 5.14 */
+
 int ksm_merger_init(struct ksm_merger *merger, struct ksm_peer *peer, struct ksm_index *index,
 		    struct ksm_barrier *barrier)
 {
@@ -44,8 +46,18 @@ int ksm_merger_init(struct ksm_merger *merger, struct ksm_peer *peer, struct ksm
 	merger->index = index;
 	merger->barrier = barrier;
 	merger->buffer = buffer;
-	merger->vma_budget = ksm_os_max_map_count() / 3;
+	ksm_merger_set_budget(merger);
 	return 0;
+}
+
+void ksm_merger_set_budget(struct ksm_merger *merger)
+{
+	uint64_t most = ksm_os_max_map_count();
+	uint64_t all = ksm_os_count_maps(), ours = (uint64_t)KSM_MAX(merger->peer->vmas_used, 0);
+	uint64_t others = all > ours ? all - ours : 0, reserve = most / 8; /* for what the program may still map */
+	uint64_t left = most > others + reserve ? most - others - reserve : 0;
+	merger->vma_budget = KSM_MIN(most / 3, left);
+	ksm_count_set(merger->peer->self, KSM_VMA_BUDGET, merger->vma_budget);
 }
 
 void ksm_merger_fini(struct ksm_merger *merger)
@@ -243,7 +255,7 @@ static size_t least_run(const struct ksm_merger *m, uint64_t used)
 
 static void keep_budget(struct ksm_merger *m)
 {
-	uint64_t used = ksm_counter_of(m->peer->self, KSM_VMAS_USED);
+	uint64_t used = (uint64_t)KSM_MAX(m->peer->vmas_used, 0);
 	for (size_t i = 0, n; i < m->count; i += n ? n : 1) {
 		n = run_at(m, i);
 		if (!n)
@@ -275,7 +287,7 @@ static void became_merged(struct ksm_merger *m, size_t i, size_t n)
 		m->verdicts[j] = KSM_MERGE_LEAVE;
 	}
 	size_t after = ksm_region_boundaries(m->region, page, n);
-	ksm_count(m->peer->self, KSM_VMAS_USED, (int64_t)after - (int64_t)before);
+	ksm_peer_count_vmas(m->peer, (int64_t)after - (int64_t)before);
 	ksm_count(m->peer->self, KSM_MERGES, (int64_t)n);
 	m->counts->merged += n;
 }
@@ -341,22 +353,40 @@ static void settle_fates(struct ksm_merger *m, size_t i, size_t n, const uint8_t
 /* The kernel would not open the window at page i. */
 static void refused(struct ksm_merger *m, size_t i, size_t n, int error)
 {
-	size_t affected = error == -EBUSY ? 1 : n;
+	bool refuses = error == -EBUSY || (error == -EINVAL && n == 1); /* pinned, shared by fork, locked */
+	size_t affected = refuses ? 1 : n;
 	for (size_t j = i; j < i + affected; j++) {
 		if (m->verdicts[j] == KSM_MERGE_MAP)
 			let_go(m, j);
 		m->verdicts[j] = KSM_MERGE_LEAVE;
 		ksm_region_unknow(m->region, m->first + j);
-		if (error == -EBUSY) {
+		if (refuses) {
 			ksm_region_move(m->region, m->first + j, KSM_PAGE_SEEN, m->digests[j]);
 			ksm_region_move(m->region, m->first + j, KSM_PAGE_REFUSED, m->digests[j]);
 		}
 	}
 	m->counts->skipped += affected;
-	if (error != -EBUSY) {
+	if (!refuses) {
 		ksm_merger_why_not(m, error);
 		ksm_count(m->peer->self, KSM_FAILURES, 1);
 	}
+}
+
+/*
+ * A page that was shared by a fork whose other side is gone is ours alone, but the kernel knows only after the next
+ * write. Asking for write access writes nothing and tells it. Pinned pages stay refused.
+ */
+static int open_window(struct ksm_merger *m, size_t i, size_t *n)
+{
+	char *at = ksm_merger_page(m, i);
+	int r = ksm_window_open(m->barrier, at, *n);
+	if (r == -EBUSY && !ksm_os_advise(at, *n * KSM_PAGE_SIZE, KSM_POPULATE_WRITE))
+		r = ksm_window_open(m->barrier, at, *n);
+	while (r == -EINVAL && *n > 1) { /* two mappings: pages move within one */
+		*n = (*n + 1) / 2;
+		r = ksm_window_open(m->barrier, at, *n);
+	}
+	return r;
 }
 
 static void windows(struct ksm_merger *m)
@@ -371,7 +401,7 @@ static void windows(struct ksm_merger *m)
 			i++;
 			continue;
 		}
-		int r = ksm_window_open(m->barrier, ksm_merger_page(m, i), n);
+		int r = open_window(m, i, &n);
 		if (r) {
 			refused(m, i, n, r);
 			i += r == -EBUSY ? 1 : n;

@@ -58,6 +58,8 @@ void ksm_merge_find(struct ksm_merger *merger);
 
 int ksm_merger_init(struct ksm_merger *merger, struct ksm_peer *peer, struct ksm_index *index,
 		    struct ksm_barrier *barrier);
+/* How many mappings merging may cost, by what the program itself has mapped now. */
+void ksm_merger_set_budget(struct ksm_merger *merger);
 void ksm_merger_fini(struct ksm_merger *merger);
 /* Give the buffer's memory back until it is needed again. */
 void ksm_merger_rest(struct ksm_merger *merger);

@@ -15,6 +15,7 @@
 #include <errno.h>
 
 #define EQUAL_RUN 8
+#define EQUAL_WORTH 32 /* pages of one content in a row, from which on that is done */
 
 /* The frame of the page on the left: merged, or about to be. */
 static ksm_frameno left_frame(const struct ksm_merger *m, size_t i)
@@ -27,11 +28,14 @@ static ksm_frameno left_frame(const struct ksm_merger *m, size_t i)
 /* Would this page's frame be a second one for a content of this very stretch, without being part of a run? */
 static bool is_repeated(const struct ksm_merger *m, size_t i)
 {
-	size_t equal = 0; /* neighbours on the left that are being promoted with the same content */
-	while (equal < i && m->promoted[i - 1 - equal] && m->digests[i - 1 - equal] == m->digests[i])
-		equal++;
-	if (equal)
-		return equal >= EQUAL_RUN;
+	size_t before = 0, after = 0; /* neighbours with the same content */
+	while (before < i && m->promoted[i - 1 - before] && m->digests[i - 1 - before] == m->digests[i])
+		before++;
+	while (i + after + 1 < m->count && m->verdicts[i + after + 1] == KSM_MERGE_LOOK &&
+	       m->digests[i + after + 1] == m->digests[i])
+		after++;
+	if (before)
+		return before >= EQUAL_RUN || before + after + 1 < EQUAL_WORTH;
 	for (size_t j = 0; j < i; j++)
 		if (m->promoted[j] && m->digests[j] == m->digests[i])
 			return true;
@@ -79,7 +83,8 @@ static bool find_target(struct ksm_merger *m, size_t i)
 		return true;
 	switch (ksm_candidate_find(m->index, m->peer, digest, ksm_merger_page(m, i))) {
 	case KSM_CANDIDATE_OTHER:
-		return try_promote(m, i);
+		/* A page that was refused before would be again: its frame would be written for nothing. */
+		return ksm_region_state(m->region, m->first + i) != KSM_PAGE_REFUSED && try_promote(m, i);
 	case KSM_CANDIDATE_NONE:
 		ksm_candidate_add(m->index, m->peer, digest, ksm_merger_page(m, i));
 		/* fall through */

@@ -88,7 +88,7 @@ const char *ksm_os_call_name(enum ksm_os_call call)
 int ksm_os_map_anon(void *at, size_t nbytes, bool fixed, bool reserve, void **out)
 {
 	KSM_FAULT(MAP_ANON);
-	int flags = MAP_PRIVATE | MAP_ANONYMOUS | (fixed ? MAP_FIXED : 0) | (reserve ? MAP_NORESERVE : 0);
+	int flags = MAP_PRIVATE | MAP_ANONYMOUS | (fixed ? MAP_FIXED : 0) | (reserve || fixed ? MAP_NORESERVE : 0);
 	void *p = mmap(at, nbytes, reserve ? PROT_NONE : PROT_READ | PROT_WRITE, flags, -1, 0);
 	if (p == MAP_FAILED)
 		return -errno;
@@ -132,9 +132,16 @@ int ksm_os_map_frames(void *at, size_t nbytes, int store, uint64_t offset)
 int ksm_os_map_shared(int fd, size_t nbytes, bool writable, void **out)
 {
 	KSM_FAULT(MAP_SHARED);
-	void *p = mmap(NULL, nbytes, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd, 0);
+	/* In two steps: under mlockall(MCL_FUTURE) a readable mapping of a sparse file would be filled at once. */
+	void *p = mmap(NULL, nbytes, PROT_NONE, MAP_SHARED, fd, 0);
 	if (p == MAP_FAILED)
 		return -errno;
+	munlock(p, nbytes);
+	if (mprotect(p, nbytes, writable ? PROT_READ | PROT_WRITE : PROT_READ)) {
+		int error = -errno;
+		munmap(p, nbytes);
+		return error;
+	}
 	*out = p;
 	return 0;
 }
@@ -229,6 +236,18 @@ uint64_t ksm_os_max_map_count(void)
 	return count ? count : 65530; /* the kernel's default */
 }
 
+uint64_t ksm_os_count_maps(void)
+{
+	char text[4096];
+	uint64_t lines = 0;
+	int fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+	for (ssize_t n; fd >= 0 && (n = read(fd, text, sizeof(text))) > 0;)
+		for (ssize_t i = 0; i < n; i++)
+			lines += text[i] == '\n';
+	ksm_os_close(fd);
+	return lines;
+}
+
 uint64_t ksm_os_file_size_limit(void)
 {
 	struct rlimit limit;
@@ -265,10 +284,10 @@ int ksm_os_signalfd(int signal)
 	return fd < 0 ? -errno : fd;
 }
 
-void ksm_os_signalfd_drain(int fd)
+void ksm_os_signalfd_take(int fd, uint32_t count)
 {
-	struct signalfd_siginfo info[4];
-	while (read(fd, info, sizeof(info)) > 0)
+	struct signalfd_siginfo info;
+	while (count-- && read(fd, &info, sizeof(info)) > 0)
 		;
 }
 

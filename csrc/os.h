@@ -119,6 +119,8 @@ int ksm_os_stat(int fd, struct stat *out);
 int ksm_os_truncate(int fd, uint64_t nbytes);
 int ksm_os_punch(int fd, uint64_t offset, uint64_t nbytes);
 int ksm_os_memfd(const char *name);
+/* Where data begins at or after offset (INT64_MAX: nowhere), or offset if it cannot be told. */
+int64_t ksm_os_seek_data(int fd, uint64_t offset);
 int ksm_os_seal(int fd, int seals);
 int ksm_os_seals(int fd);
 /* Open file description locks on one byte. try_lock: -EAGAIN if somebody else holds it. */
@@ -143,6 +145,8 @@ int ksm_os_thread(pthread_t *thread, const pthread_attr_t *attributes, void *(*f
 int ksm_os_dumpable(void);
 uint64_t ksm_os_memory_bytes(void);
 uint64_t ksm_os_max_map_count(void);
+/* Memory mappings of this process. */
+uint64_t ksm_os_count_maps(void);
 /* Largest file this process may write without SIGXFSZ. */
 uint64_t ksm_os_file_size_limit(void);
 uint64_t ksm_os_now_ns(void);
@@ -150,7 +154,8 @@ void ksm_os_sleep_ns(uint64_t ns);
 void ksm_os_yield(void);
 /* A descriptor that becomes readable when `signal`, blocked in the calling thread, is sent to it. */
 int ksm_os_signalfd(int signal);
-void ksm_os_signalfd_drain(int fd);
+/* Take `count` signals from it; fewer if there are not so many. */
+void ksm_os_signalfd_take(int fd, uint32_t count);
 struct pollfd;
 /* Number of ready descriptors; EINTR counts as none. timeout_ns: UINT64_MAX waits for ever. */
 int ksm_os_poll(struct pollfd *fds, size_t count, uint64_t timeout_ns);

@@ -135,6 +135,14 @@ int ksm_os_memfd(const char *name)
 	return fd < 0 ? -errno : fd;
 }
 
+int64_t ksm_os_seek_data(int fd, uint64_t offset)
+{
+	off_t at = lseek(fd, (off_t)offset, SEEK_DATA);
+	if (at < 0)
+		return errno == ENXIO ? INT64_MAX : (int64_t)offset;
+	return (int64_t)at;
+}
+
 int ksm_os_seal(int fd, int seals)
 {
 	KSM_FAULT(SEAL);

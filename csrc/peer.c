@@ -207,11 +207,36 @@ void ksm_peer_destroy(struct ksm_peer *peer)
 	ksm_peer_init(peer);
 }
 
-static bool at_hand(const struct ksm_peer *peer, ksm_slotno slot)
+bool ksm_peer_has_bitmap(const struct ksm_peer *peer, ksm_slotno slot)
 {
 	const struct ksm_other *other = &peer->others[slot];
 	return slot == peer->seat.slot ||
-	       (other->bitmap && other->epoch == ksm_load_acquire(&ksm_peer_slot(peer, slot)->epoch));
+	       (other->bitmap && other->nonce == ksm_load_acquire(&ksm_peer_slot(peer, slot)->nonce));
+}
+
+void ksm_peer_count_vmas(struct ksm_peer *peer, int64_t delta)
+{
+	peer->vmas_used += delta;
+	ksm_count_set(peer->self, KSM_VMAS_USED, (uint64_t)KSM_MAX(peer->vmas_used, 0));
+}
+
+bool ksm_peer_refers(const struct ksm_peer *peer)
+{
+	uint64_t high = ksm_load_relaxed(&peer->seat.bitmap->high);
+	for (uint64_t word = 0; word < (KSM_MIN(high, peer->layout.frames) + 63) / 64; word++)
+		if (peer->seat.bits[word])
+			return true;
+	return false;
+}
+
+/* Whoever sat there is dead. If we never saw its bitmap, any frame may have been its alone. */
+static void bury(struct ksm_peer *peer, ksm_slotno slot)
+{
+	uint32_t epoch = ksm_load_acquire(&ksm_peer_slot(peer, slot)->epoch);
+	if (peer->buried[slot] == epoch)
+		return;
+	peer->buried[slot] = epoch;
+	ksm_chunk_mark_all(peer);
 }
 
 int ksm_peer_refresh(struct ksm_peer *peer)
@@ -231,7 +256,7 @@ int ksm_peer_refresh(struct ksm_peer *peer)
 		from = slot + 1u;
 		alive[slot] = true;
 		peer->living[peer->living_count++] = slot;
-		if (!at_hand(peer, slot)) {
+		if (!ksm_peer_has_bitmap(peer, slot)) {
 			forget(peer, slot, true); /* another incarnation's */
 			peer->missing = slot;
 		}
@@ -241,6 +266,10 @@ int ksm_peer_refresh(struct ksm_peer *peer)
 	for (ksm_slotno slot = 0; slot < KSM_PEERS_MAX; slot++)
 		if (!alive[slot])
 			forget(peer, slot, true);
+	uint32_t high = KSM_MIN(ksm_load_acquire(&peer->control->slots_high), (uint32_t)KSM_PEERS_MAX);
+	for (ksm_slotno slot = 0; slot < high; slot++)
+		if (!alive[slot] && slot != peer->seat.slot)
+			bury(peer, slot);
 	peer->living_known = peer->missing == KSM_NO_SLOT;
 	return peer->living_known ? 0 : -EAGAIN;
 }
@@ -290,7 +319,7 @@ int ksm_peer_attach_bitmap(struct ksm_peer *peer, ksm_slotno slot, int fd)
 	peer->others[slot] = (struct ksm_other){
 		.bitmap = bitmap,
 		.bits = (const uint64_t *)((const char *)map + KSM_BITMAP_BITS_OFFSET),
-		.epoch = bitmap->slot_epoch,
+		.nonce = bitmap->nonce,
 		.fd = fd,
 	};
 	return 0;

@@ -17,6 +17,7 @@
 struct ksm_seat {
 	ksm_slotno slot;
 	uint32_t epoch;
+	uint64_t nonce; /* random: no scribble makes one incarnation look like another */
 	void *lock_page;
 	int bitmap_fd;
 	struct ksm_bitmap *bitmap;
@@ -27,7 +28,7 @@ struct ksm_seat {
 struct ksm_other {
 	const struct ksm_bitmap *bitmap; /* NULL: we do not have it */
 	const uint64_t *bits;
-	uint32_t epoch; /* of the incarnation the bitmap belongs to */
+	uint64_t nonce; /* of the incarnation the bitmap belongs to */
 	int fd;         /* to hand on to others; -1: none */
 };
 
@@ -54,10 +55,13 @@ struct ksm_peer {
 	/* the living, as of the last ksm_peer_refresh() */
 	ksm_slotno living[KSM_PEERS_MAX];
 	size_t living_count;
-	uint64_t living_epoch;  /* peer epoch before they were listed */
-	bool living_known;      /* every one's bitmap is at hand */
-	ksm_slotno missing;     /* if not: one whose bitmap is not */
-	ksm_frameno next_frame; /* where the last run of allocations ended */
+	uint64_t living_epoch;          /* peer epoch before they were listed */
+	bool living_known;              /* every one's bitmap is at hand */
+	ksm_slotno missing;             /* if not: one whose bitmap is not */
+	uint32_t buried[KSM_PEERS_MAX]; /* slot epochs of the dead whose frames have been marked */
+	int64_t vmas_used;              /* memory mappings that merging costs this process */
+	uint64_t full_at;               /* frames_freed when the store was found full, plus 1; 0: it was not */
+	ksm_frameno next_frame;         /* where the last run of allocations ended */
 	pthread_mutex_t merge_mutex, merge_next;
 };
 
@@ -121,6 +125,14 @@ int ksm_peer_refresh_if_changed(struct ksm_peer *peer);
 bool ksm_peer_is_living(const struct ksm_peer *peer, ksm_slotno slot, uint32_t epoch);
 /* Map another's bitmap read-only; takes fd over. KSM_ECORRUPT: it is not what it should be. Merge lock held. */
 int ksm_peer_attach_bitmap(struct ksm_peer *peer, ksm_slotno slot, int fd);
+
+/* Is the bitmap at hand that of the slot's present incarnation? */
+bool ksm_peer_has_bitmap(const struct ksm_peer *peer, ksm_slotno slot);
+/* Merging costs this many mappings more (or fewer). */
+void ksm_peer_count_vmas(struct ksm_peer *peer, int64_t delta);
+
+/* Is any page of ours mapped to a frame? Merge lock held. */
+bool ksm_peer_refers(const struct ksm_peer *peer);
 
 /* Our own bit of a frame. Merge lock held. */
 void ksm_bit_set(struct ksm_peer *peer, ksm_frameno frame);

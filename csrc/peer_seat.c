@@ -55,6 +55,7 @@ static int make_bitmap(struct ksm_peer *peer, struct ksm_seat *seat)
 	memcpy(seat->bitmap->id, peer->control->id, sizeof(seat->bitmap->id));
 	seat->bitmap->slot = seat->slot;
 	seat->bitmap->slot_epoch = seat->epoch;
+	seat->bitmap->nonce = seat->nonce;
 	seat->bitmap->frames = peer->layout.frames;
 	ksm_os_advise(map, nbytes, MADV_DONTDUMP);
 	r = ksm_os_seal(fd, SEALS_SIZE | F_SEAL_FUTURE_WRITE);
@@ -68,16 +69,24 @@ static int make_bitmap(struct ksm_peer *peer, struct ksm_seat *seat)
 }
 
 /* What the slot says belongs to whoever sat there before, dead now: start afresh under its lock. */
-static void occupy_slot(struct ksm_peer *peer, struct ksm_seat *seat)
+static int occupy_slot(struct ksm_peer *peer, struct ksm_seat *seat)
 {
 	struct ksm_slot *slot = ksm_peer_slot(peer, seat->slot);
+	int r = ksm_os_random(&seat->nonce, sizeof(seat->nonce));
+	if (r)
+		return r;
+	uint32_t high = ksm_load_relaxed(&peer->control->slots_high);
+	while (high < seat->slot + 1 && !ksm_cas32_seqcst(&peer->control->slots_high, high, seat->slot + 1))
+		high = ksm_load_relaxed(&peer->control->slots_high);
 	seat->epoch = ksm_load_relaxed(&slot->epoch) + 1;
 	if (seat->epoch > 1)
 		ksm_chunk_mark_all(peer);
-	memset((char *)slot + sizeof(slot->epoch), 0, sizeof(*slot) - sizeof(slot->epoch));
+	memset(slot, 0, sizeof(*slot));
 	slot->pid = (int32_t)getpid();
+	ksm_store_release(&slot->nonce, seat->nonce);
 	ksm_store_release(&slot->epoch, seat->epoch);
 	ksm_add_seqcst(&peer->control->peer_epoch, 1); /* REFS-3 */
+	return 0;
 }
 
 int ksm_seat_take(struct ksm_peer *peer, bool inherit, struct ksm_seat *out)
@@ -90,10 +99,10 @@ int ksm_seat_take(struct ksm_peer *peer, bool inherit, struct ksm_seat *out)
 	if (!r && !inherit)
 		r = ksm_os_advise(seat.lock_page, KSM_PAGE_SIZE, MADV_DONTFORK);
 	ksm_os_close(file); /* the mapping keeps the description, and with it the lock */
-	if (!r) {
-		occupy_slot(peer, &seat);
+	if (!r)
+		r = occupy_slot(peer, &seat);
+	if (!r)
 		r = make_bitmap(peer, &seat);
-	}
 	if (!r && !inherit)
 		r = ksm_os_advise(seat.bitmap, ksm_bitmap_bytes(peer->layout.frames), MADV_DONTFORK);
 	if (r) {

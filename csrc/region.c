@@ -185,5 +185,5 @@ void ksm_region_forget(struct ksm_region *region, ksm_pageno page, size_t count)
 			ksm_frame_put(region->peer, frame, 1);
 	}
 	size_t after = ksm_region_boundaries(region, page, count);
-	ksm_count(region->peer->self, KSM_VMAS_USED, (int64_t)after - (int64_t)before);
+	ksm_peer_count_vmas(region->peer, (int64_t)after - (int64_t)before);
 }

@@ -193,6 +193,9 @@ int ksm_sweep_chunk(struct ksm_peer *peer, uint64_t chunk)
 	if (ksm_load_acquire(&peer->control->no_sweep) || doomed.first >= peer->layout.frames)
 		return 0;
 	doomed.count = KSM_MIN(KSM_CHUNK, peer->layout.frames - doomed.first);
+	uint64_t cells = peer->layout.cells + doomed.first * sizeof(uint64_t);
+	if (ksm_os_seek_data(peer->fds.control, cells) >= (int64_t)(cells + doomed.count * sizeof(uint64_t)))
+		return 0;               /* never used; reading the cells would allocate them */
 	int r = ksm_peer_refresh(peer); /* step 1 */
 	if (r) {
 		ksm_chunk_mark(peer, (ksm_frameno)doomed.first);
@@ -203,7 +206,8 @@ int ksm_sweep_chunk(struct ksm_peer *peer, uint64_t chunk)
 		return 0;
 	ksm_fence_seqcst(); /* step 3; pairs with the one in ksm_frame_take() */
 	bool spared = spare(peer, &doomed, false);
-	bool moved = ksm_load_seqcst(&peer->control->peer_epoch) != peer->living_epoch;
+	bool moved = ksm_load_seqcst(&peer->control->peer_epoch) != peer->living_epoch ||
+		     ksm_load_seqcst(&peer->control->no_sweep);
 	if (moved)
 		spared |= spare(peer, &doomed, true);
 	r = release_all(peer, &doomed);

@@ -8,8 +8,9 @@
  *    loop   calls ▸ settings ▸ peers and sweeps (five times a second) ▸ a settle, if one is on, or a batch of the
  *           background pass ▸ sleep in poll: a peer's request, a wake, the end of the pause
  *
- * Other threads wake it with SIGURG, which it has blocked and reads from a signalfd of its own: no descriptor in the
- * program's table is needed, and a signal that went astray would be ignored by default.
+ * Other threads wake it with a real-time signal sent to it alone, which it has blocked and reads from a signalfd of
+ * its own: no descriptor in the program's table is needed. It takes exactly as many as were sent: the kernel hands out
+ * a thread's own first, so that the same signal sent to the program stays the program's.
  *
  * A background pass that found nothing to do doubles the pause before the next one, up to a second.
  *
@@ -26,25 +27,12 @@
 #include "os.h"
 
 #include <errno.h>
-#include <poll.h>
 #include <signal.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
 
-#define MS 1000000ull
-#define WAKE_SIGNAL SIGURG
 #define STACK_BYTES (256u << 10)
-#define SERVE_EVERY_NS (2 * MS)
-#define LOOK_EVERY_NS (200 * MS)
-#define HINT_EVERY_NS (50 * MS)
-#define SETTLE_FOR_NS (3000 * MS)
-#define LONGEST_REST_NS (1000 * MS)
-
-static struct ksm_worker *worker_of(struct ksm_member *member)
-{
-	return (struct ksm_worker *)((char *)member - offsetof(struct ksm_worker, member));
-}
 
 static void init_locks(struct ksm_worker *worker)
 {
@@ -73,183 +61,6 @@ void ksm_worker_fini(struct ksm_worker *worker)
 	pthread_cond_destroy(&worker->changed);
 }
 
-/* ---- between stretches ------------------------------------------------------------------------------------ */
-
-static int between(void *context)
-{
-	struct ksm_worker *worker = context;
-	uint64_t now = ksm_os_now_ns();
-	if (now - worker->served_ns > SERVE_EVERY_NS) {
-		worker->served_ns = now;
-		ksm_exchange_serve(&worker->member.exchange, &worker->member.peer);
-	}
-	return (int)ksm_load_relaxed(&worker->stop);
-}
-
-struct ksm_scan_between ksm_worker_between(struct ksm_member *member)
-{
-	return (struct ksm_scan_between){between, worker_of(member)};
-}
-
-/* Between the stretches of the background pass: calls go first. */
-static int between_background(void *context)
-{
-	struct ksm_worker *worker = context;
-	return between(context) || ksm_load_relaxed(&worker->waiting);
-}
-
-/* ---- the loop --------------------------------------------------------------------------------------------- */
-
-static void run_calls(struct ksm_worker *worker)
-{
-	pthread_mutex_lock(&worker->queue);
-	while (worker->calls && !ksm_load_relaxed(&worker->stop)) {
-		struct ksm_call *call = worker->calls;
-		worker->calls = call->next;
-		ksm_sub_relaxed(&worker->waiting, 1);
-		pthread_mutex_unlock(&worker->queue);
-		int result = call->function(&worker->member, call->context);
-		pthread_mutex_lock(&worker->queue);
-		call->result = result;
-		call->done = true;
-		pthread_cond_broadcast(&worker->changed);
-		worker->rest_ns = 0;
-	}
-	pthread_mutex_unlock(&worker->queue);
-}
-
-/* Who has come, who has died, what can be freed. */
-static void look_around(struct ksm_worker *worker, uint64_t now)
-{
-	struct ksm_scanner *scanner = &worker->member.scanner;
-	if (now - worker->looked_ns < LOOK_EVERY_NS)
-		return;
-	worker->looked_ns = now;
-	struct ksm_scan_between hook = {between, worker};
-	if (!ksm_scan_know_peers(scanner) && ksm_chunks_any(&worker->member.peer))
-		ksm_scan_sweep(scanner, false, &hook);
-	ksm_count_set(worker->member.peer.self, KSM_METADATA_BYTES, ksm_scan_metadata(scanner));
-}
-
-/* Tell sleeping peers that there are new frames or candidates. */
-static void give_hints(struct ksm_worker *worker, uint64_t now)
-{
-	struct ksm_peer *peer = &worker->member.peer;
-	uint64_t changes = ksm_load_relaxed(&peer->control->changes);
-	if (changes == worker->hint_changes || now - worker->hinted_ns < HINT_EVERY_NS)
-		return;
-	worker->hint_changes = changes;
-	worker->hinted_ns = now;
-	for (size_t i = 0; i < peer->living_count; i++) {
-		ksm_slotno slot = peer->living[i];
-		if (slot != peer->seat.slot && ksm_load_relaxed(&ksm_peer_slot(peer, slot)->sleeping))
-			ksm_exchange_wake(peer, slot);
-	}
-}
-
-static bool is_quiet(const struct ksm_peer *peer)
-{
-	return ksm_load_acquire(&peer->self->quiet_at) == ksm_load_seqcst(&peer->control->changes) &&
-	       ksm_load_acquire(&peer->self->settled_seq) == ksm_load_seqcst(&peer->control->settle_seq);
-}
-
-/* Is somebody settling? Then passes are made at once, ignoring age, until this peer is quiet. */
-static bool settle(struct ksm_worker *worker, uint64_t now)
-{
-	struct ksm_peer *peer = &worker->member.peer;
-	uint64_t seq = ksm_load_seqcst(&peer->control->settle_seq);
-	if (seq != worker->settle_seq || (worker->member.exchange.woken && seq > 1)) {
-		if (seq != worker->settle_seq || now < worker->settle_until_ns + SETTLE_FOR_NS)
-			worker->settle_until_ns = now + SETTLE_FOR_NS;
-		worker->settle_seq = seq;
-	}
-	worker->member.exchange.woken = false;
-	if (now >= worker->settle_until_ns)
-		return false;
-	if (!is_quiet(peer)) {
-		struct ksm_merge_counts counts = {0};
-		struct ksm_scan_between hook = {between_background, worker};
-		ksm_scan_pass(&worker->member.scanner, NULL, KSM_SCAN_ALL, &hook, &counts);
-		worker->looked_ns = 0;
-	}
-	return true;
-}
-
-static void rest_longer(struct ksm_worker *worker, const struct ksm_merge_counts *pass)
-{
-	uint64_t changes = ksm_load_seqcst(&worker->member.peer.control->changes);
-	bool idle = pass->merged + pass->dropped + pass->promoted + pass->written == 0 &&
-		    changes == worker->member.scanner.pass_changes;
-	uint64_t pause = KSM_MAX(worker->settings.sleep_millisecs * MS, MS);
-	worker->rest_ns = idle ? KSM_MIN(KSM_MAX(worker->rest_ns * 2, pause), LONGEST_REST_NS) : 0;
-	if (idle)
-		ksm_merger_rest(&worker->member.scanner.merger);
-}
-
-/* A batch of the background pass. Returns how long to sleep. */
-static uint64_t work(struct ksm_worker *worker)
-{
-	struct ksm_scanner *scanner = &worker->member.scanner;
-	struct ksm_scan_between hook = {between_background, worker};
-	uint64_t pause = worker->settings.sleep_millisecs * MS;
-	if (!worker->settings.run || !scanner->barrier.ops)
-		return LOOK_EVERY_NS;
-	bool over = ksm_scan_batch(scanner, worker->settings.pages_to_scan, worker->settings.max_pages_to_merge, &hook);
-	if (!over)
-		return pause;
-	rest_longer(worker, &scanner->pass);
-	return KSM_MAX(pause, worker->rest_ns);
-}
-
-static void nap(struct ksm_worker *worker, uint64_t ns)
-{
-	struct pollfd set[KSM_EXCHANGE_POLL + 1];
-	struct ksm_slot *self = worker->member.peer.self;
-	bool resting = ns > 2 * worker->settings.sleep_millisecs * MS;
-	if (resting) {
-		ksm_store_relaxed(&worker->resting, 1);
-		ksm_store_relaxed(&self->sleeping, 1);
-	}
-	set[0] = (struct pollfd){.fd = worker->signal, .events = POLLIN};
-	size_t count = 1 + ksm_exchange_poll_set(&worker->member.exchange, set + 1);
-	if (!ksm_load_acquire(&worker->waiting) && !ksm_load_acquire(&worker->stop))
-		ksm_os_poll(set, count, KSM_MIN(ns, LOOK_EVERY_NS));
-	ksm_os_signalfd_drain(worker->signal);
-	if (resting) {
-		ksm_store_relaxed(&self->sleeping, 0);
-		if (!ksm_exchange_acqrel(&worker->resting, 0) || worker->member.exchange.woken)
-			worker->rest_ns = 0; /* somebody ended it */
-	}
-	worker->served_ns = ksm_os_now_ns();
-	ksm_exchange_serve(&worker->member.exchange, &worker->member.peer);
-}
-
-static void loop(struct ksm_worker *worker)
-{
-	uint64_t resume_at = 0;
-	worker->settle_seq =
-		ksm_load_seqcst(&worker->member.peer.control->settle_seq); /* what was asked before we came */
-	while (!ksm_load_acquire(&worker->stop)) {
-		run_calls(worker);
-		if (ksm_load_acquire(&worker->stop) || !worker->member.joined)
-			return;
-		uint64_t now = ksm_os_now_ns();
-		ksm_rendezvous_settings(worker->member.peer.fds.file, &worker->settings);
-		look_around(worker, now);
-		if (worker->settings.run && settle(worker, now)) {
-			resume_at = 0;
-			if (is_quiet(&worker->member.peer))
-				nap(worker, 2 * MS);
-			continue;
-		}
-		if (worker->rest_ns == 0 || now >= resume_at)
-			resume_at = now + work(worker);
-		give_hints(worker, ksm_os_now_ns());
-		now = ksm_os_now_ns();
-		nap(worker, resume_at > now ? resume_at - now : 0);
-	}
-}
-
 static void *thread_main(void *argument)
 {
 	struct ksm_worker *worker = argument;
@@ -257,7 +68,7 @@ static void *thread_main(void *argument)
 	pthread_setname_np(pthread_self(), "ksmalloc");
 	int r = ksm_member_own_table(member);
 	if (!r) {
-		worker->signal = ksm_os_signalfd(WAKE_SIGNAL);
+		worker->signal = ksm_os_signalfd(KSM_WAKE_SIGNAL);
 		r = worker->signal < 0 ? worker->signal : 0;
 	}
 	if (!r)
@@ -268,7 +79,7 @@ static void *thread_main(void *argument)
 	pthread_cond_broadcast(&worker->changed);
 	pthread_mutex_unlock(&worker->queue);
 	if (!r)
-		loop(worker);
+		ksm_worker_loop(worker);
 	return NULL;
 }
 
@@ -298,6 +109,7 @@ static int start_locked(struct ksm_worker *worker)
 	bool resumes = worker->member.joined;
 	worker->started = false;
 	ksm_store_release(&worker->stop, 0);
+	ksm_store_release(&worker->kicks, 0);
 	int r = create_thread(worker);
 	if (r)
 		return r;
@@ -311,6 +123,8 @@ static int start_locked(struct ksm_worker *worker)
 		pthread_join(worker->thread, NULL);
 		worker->running = false;
 		worker->member.lost = worker->member.joined;
+		if (worker->member.lost)
+			ksm_member_forget_table(&worker->member);
 	}
 	return worker->start_result;
 }
@@ -323,11 +137,18 @@ int ksm_worker_start(struct ksm_worker *worker)
 	return r;
 }
 
+/* The thread runs, life is held. */
+static void kick(struct ksm_worker *worker)
+{
+	if (!ksm_exchange_acqrel(&worker->kicks, 1) && pthread_kill(worker->thread, KSM_WAKE_SIGNAL))
+		ksm_store_release(&worker->kicks, 0);
+}
+
 static void wake(struct ksm_worker *worker)
 {
 	pthread_mutex_lock(&worker->life);
 	if (worker->running)
-		pthread_kill(worker->thread, WAKE_SIGNAL);
+		kick(worker);
 	pthread_mutex_unlock(&worker->life);
 }
 
@@ -336,7 +157,7 @@ static void stop_locked(struct ksm_worker *worker)
 	if (!worker->running)
 		return;
 	ksm_store_release(&worker->stop, 1);
-	pthread_kill(worker->thread, WAKE_SIGNAL);
+	kick(worker);
 	pthread_join(worker->thread, NULL);
 	ksm_os_wait_thread_gone(worker->member.tid); /* Python counts them right after a fork */
 	worker->running = false;
@@ -413,13 +234,12 @@ void ksm_worker_fork_prepare(struct ksm_worker *worker)
 		call.next = worker->calls; /* before everybody else */
 		worker->calls = &call;
 		ksm_add_relaxed(&worker->waiting, 1);
-		pthread_kill(worker->thread, WAKE_SIGNAL);
+		kick(worker);
 		while (!call.done)
 			pthread_cond_wait(&worker->changed, &worker->queue);
 		pthread_mutex_unlock(&worker->queue);
 		worker->prepared = call.result;
-		if (!call.result)
-			ksm_member_fetch_seeds(&worker->member);
+		ksm_member_fetch_seeds(&worker->member); /* whatever became of the child's seat, the parent goes on */
 		stop_locked(worker);
 	}
 	ksm_merge_lock(&worker->member.peer);

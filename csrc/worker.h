@@ -8,6 +8,9 @@
 #include "member.h"
 
 #include <pthread.h>
+#include <signal.h>
+
+#define KSM_WAKE_SIGNAL (SIGRTMAX - 5)
 
 struct ksm_call {
 	struct ksm_call *next;
@@ -27,6 +30,7 @@ struct ksm_worker {
 	int start_result;
 	int prepared;     /* how the preparations for the last fork went */
 	uint32_t stop;    /* atomic */
+	uint32_t kicks;   /* atomic: 1 if a signal was sent and not taken yet */
 	uint32_t resting; /* atomic: in a long sleep, which a new allocation should end */
 	/* queue of calls */
 	pthread_mutex_t queue;
@@ -35,7 +39,8 @@ struct ksm_worker {
 	uint32_t waiting; /* atomic: calls in the queue */
 	/* the thread's own */
 	int signal;
-	uint64_t served_ns, looked_ns, settle_until_ns, hinted_ns, rest_ns;
+	bool shy;
+	uint64_t served_ns, looked_ns, counted_ns, settle_until_ns, hinted_ns, rest_ns;
 	uint64_t settle_seq, hint_changes;
 	struct ksm_settings settings;
 };
@@ -54,6 +59,9 @@ void ksm_worker_nudge(struct ksm_worker *worker);
 
 /* For functions running in the thread: answers peers now and then; non-zero: stop what you are doing. */
 struct ksm_scan_between ksm_worker_between(struct ksm_member *member);
+
+/* Until it is told to stop, or has left the domain; the thread itself. */
+void ksm_worker_loop(struct ksm_worker *worker);
 
 void ksm_worker_fork_prepare(struct ksm_worker *worker);
 void ksm_worker_fork_parent(struct ksm_worker *worker);

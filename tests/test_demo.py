@@ -26,15 +26,15 @@ OVERHEAD = 3 * MIB
 DEMO = [sys.executable, "-m", "ksmalloc", "demo"]
 
 
-def environment(**variables: str) -> dict[str, str]:
+def environment(modules: str = "", **variables: str) -> dict[str, str]:
     """One in which Python finds the package that is being tested, whatever else there is."""
-    places = [str(Path(ksmalloc.__file__).parents[1]), variables.pop("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places)), **variables}
+    places = filter(None, [str(Path(ksmalloc.__file__).parents[1]), modules])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(places), **variables}
 
 
 def run(command: list[str], modules: str = "") -> subprocess.CompletedProcess[str]:
-    env = environment(PYTHONPATH=modules)
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, cwd="/", env=env)
+    options: dict[str, Any] = {"cwd": "/", "env": environment(modules=modules), "check": False}
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, **options)
 
 
 def demo(path: str, *arguments: str, modules: str = "") -> subprocess.CompletedProcess[str]:
@@ -55,9 +55,7 @@ def check_bars(found: dict[str, Any], workers: int) -> None:
     assert found["workers"] == workers
     assert found["verified_bytes"] == 3 * workers * copy
     for total in ("pss_total", "blocks_total"):
-        before, after, written = (
-            found["grown"][stage][total] for stage in ("before", "after", "after_write")
-        )
+        before, after, written = (found["grown"][at][total] for at in ("before", "after", "after_write"))
         assert workers * copy - slack < before < workers * copy + slack
         assert copy - slack < after < copy + slack
         assert after < written < after + found["written_pages"] * page + slack
@@ -123,8 +121,7 @@ def test_a_domain_of_a_name(rendezvous: str, tmp_path: Path) -> None:
     assert os.listdir(rendezvous) == []
     assert main(["start", "1", "1", "1", "--domain", "mine", "--path", rendezvous]) == 0
     done = demo(rendezvous, str(path), "--domain", "mine")
-    assert done.returncode == 1
-    assert "there is a domain mine already" in done.stderr
+    assert (done.returncode, "there is a domain mine already" in done.stderr) == (1, True)
     assert os.listdir(rendezvous) == ["mine"]
 
 
@@ -145,11 +142,11 @@ def test_without_numpy(rendezvous: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [None, b""])
 def test_files_that_cannot_be_loaded(rendezvous: str, tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "file"
-    if content is not None:
+    if content is not None:  # it is there, and empty
         path.write_bytes(content)
     done = demo(rendezvous, str(path))
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("ksmctl: ") or "ksmalloc: " in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].startswith("python -m ksmalloc: ")
     assert "Traceback" not in done.stderr
     assert os.listdir(rendezvous) == []
 

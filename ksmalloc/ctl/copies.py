@@ -22,7 +22,7 @@ FLIP = 0xFF
 """A write of the demonstration flips all bits of a byte."""
 
 
-class Mismatch(Exception):
+class Mismatch(ksmalloc.Error):
     """A byte in the arena is not what it should be."""
 
 

@@ -14,14 +14,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from ksmalloc import domain
-from ksmalloc.ctl import copies, demo_worker, signals
+from ksmalloc.ctl import demo_worker, signals
 from ksmalloc.ctl.demo_report import Outcome, refusal, render
 from ksmalloc.ctl.measure import measure
 from ksmalloc.ctl.options import add_domain, seconds, whole_number
 from ksmalloc.ctl.progress import Progress
 from ksmalloc.ctl.sample import make_sample
 from ksmalloc.ctl.sizes import human
-from ksmalloc.ctl.team import Team, WorkerError
+from ksmalloc.ctl.team import Team
 
 HELP = "load files in several workers and see what merging saves"
 USAGE = "demo [FILE ...] [--workers N] [--timeout S] [--domain NAME] [--json]"
@@ -52,14 +52,10 @@ def run(args: argparse.Namespace) -> int:
     for path in args.files:
         with open(path, "rb"):
             pass
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(signals.unwinding())
-            progress = stack.enter_context(Progress(sys.stderr))
-            outcome = _demonstrate(args, stack, progress)
-    except (copies.Mismatch, WorkerError) as error:
-        sys.stderr.write(f"ksmctl: {error}\n")
-        return 1
+    with ExitStack() as stack:
+        stack.enter_context(signals.unwinding())
+        progress = stack.enter_context(Progress(sys.stderr))
+        outcome = _demonstrate(args, stack, progress)
     if args.json:
         print(json.dumps(outcome.as_dict(), indent=2))
     else:

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
+import ksmalloc
 from ksmalloc.ctl import signals
 
 Commands = Callable[[], dict[str, Callable[..., Any]]]
@@ -22,7 +23,7 @@ Tick = Callable[[int], None]
 """Called with the number of answers that have come, each time there is another one."""
 
 
-class WorkerError(Exception):
+class WorkerError(ksmalloc.Error):
     """A worker died, or could not do what it was told."""
 
 

@@ -1,0 +1,217 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * DOC: The loop of the scanner's thread
+ *
+ * What the thread does between its start and its end: see worker.c. All of this runs in it.
+ */
+#include "worker.h"
+
+#include "atomic.h"
+#include "os.h"
+
+#include <poll.h>
+
+#define MS 1000000ull
+#define SERVE_EVERY_NS (2 * MS)
+#define LOOK_EVERY_NS (200 * MS)
+#define HINT_EVERY_NS (50 * MS)
+#define SETTLE_FOR_NS (3000 * MS)
+#define LONGEST_REST_NS (1000 * MS)
+#define SHY_NAP_NS (20 * MS)
+
+static struct ksm_worker *worker_of(struct ksm_member *member)
+{
+	return (struct ksm_worker *)((char *)member - offsetof(struct ksm_worker, member));
+}
+
+/* ---- between stretches ------------------------------------------------------------------------------------ */
+
+static int between(void *context)
+{
+	struct ksm_worker *worker = context;
+	uint64_t now = ksm_os_now_ns();
+	if (now - worker->served_ns > SERVE_EVERY_NS) {
+		worker->served_ns = now;
+		ksm_exchange_serve(&worker->member.exchange, &worker->member.peer);
+	}
+	return (int)ksm_load_relaxed(&worker->stop);
+}
+
+struct ksm_scan_between ksm_worker_between(struct ksm_member *member)
+{
+	return (struct ksm_scan_between){between, worker_of(member)};
+}
+
+/* Between the stretches of the background pass: calls go first. */
+static int between_background(void *context)
+{
+	struct ksm_worker *worker = context;
+	return between(context) || ksm_load_relaxed(&worker->waiting);
+}
+
+/* ---- the loop --------------------------------------------------------------------------------------------- */
+
+static void run_calls(struct ksm_worker *worker)
+{
+	pthread_mutex_lock(&worker->queue);
+	while (worker->calls && !ksm_load_relaxed(&worker->stop)) {
+		struct ksm_call *call = worker->calls;
+		worker->calls = call->next;
+		ksm_sub_relaxed(&worker->waiting, 1);
+		pthread_mutex_unlock(&worker->queue);
+		int result = call->function(&worker->member, call->context);
+		pthread_mutex_lock(&worker->queue);
+		call->result = result;
+		call->done = true;
+		pthread_cond_broadcast(&worker->changed);
+		worker->rest_ns = 0;
+	}
+	pthread_mutex_unlock(&worker->queue);
+}
+
+/* Who has come, who has died, what can be freed. */
+static void look_around(struct ksm_worker *worker, uint64_t now)
+{
+	struct ksm_scanner *scanner = &worker->member.scanner;
+	if (now - worker->looked_ns < LOOK_EVERY_NS)
+		return;
+	worker->looked_ns = now;
+	struct ksm_scan_between hook = {between, worker};
+	if (!ksm_scan_know_peers(scanner) && ksm_chunks_any(&worker->member.peer))
+		ksm_scan_sweep(scanner, false, &hook);
+	ksm_count_set(worker->member.peer.self, KSM_METADATA_BYTES, ksm_scan_metadata(scanner));
+	if (now - worker->counted_ns > 5 * LOOK_EVERY_NS) {
+		worker->counted_ns = now;
+		ksm_merger_set_budget(&scanner->merger);
+	}
+}
+
+/* Tell sleeping peers that there are new frames or candidates. */
+static void give_hints(struct ksm_worker *worker, uint64_t now)
+{
+	struct ksm_peer *peer = &worker->member.peer;
+	uint64_t changes = ksm_load_relaxed(&peer->control->changes);
+	if (changes == worker->hint_changes || now - worker->hinted_ns < HINT_EVERY_NS)
+		return;
+	worker->hint_changes = changes;
+	worker->hinted_ns = now;
+	for (size_t i = 0; i < peer->living_count; i++) {
+		ksm_slotno slot = peer->living[i];
+		if (slot != peer->seat.slot && ksm_load_relaxed(&ksm_peer_slot(peer, slot)->sleeping))
+			ksm_exchange_wake(peer, slot);
+	}
+}
+
+static bool is_quiet(const struct ksm_peer *peer)
+{
+	return ksm_load_acquire(&peer->self->quiet_at) == ksm_load_seqcst(&peer->control->changes) &&
+	       ksm_load_acquire(&peer->self->settled_seq) == ksm_load_seqcst(&peer->control->settle_seq);
+}
+
+/* Is somebody settling? Then passes are made at once, ignoring age, until this peer is quiet. */
+static bool settle(struct ksm_worker *worker, uint64_t now)
+{
+	struct ksm_peer *peer = &worker->member.peer;
+	uint64_t seq = ksm_load_seqcst(&peer->control->settle_seq);
+	if (seq != worker->settle_seq || (worker->member.exchange.woken && seq > 1)) {
+		if (seq != worker->settle_seq || now < worker->settle_until_ns + SETTLE_FOR_NS)
+			worker->settle_until_ns = now + SETTLE_FOR_NS;
+		worker->settle_seq = seq;
+	}
+	worker->member.exchange.woken = false;
+	if (now >= worker->settle_until_ns)
+		return false;
+	if (!is_quiet(peer)) {
+		struct ksm_merge_counts counts = {0};
+		struct ksm_scan_between hook = {between_background, worker};
+		ksm_scan_pass(&worker->member.scanner, NULL, KSM_SCAN_ALL, &hook, &counts);
+		worker->looked_ns = 0;
+	}
+	return true;
+}
+
+static void rest_longer(struct ksm_worker *worker, const struct ksm_merge_counts *pass)
+{
+	uint64_t changes = ksm_load_seqcst(&worker->member.peer.control->changes);
+	bool idle = pass->merged + pass->dropped + pass->promoted + pass->written == 0 &&
+		    changes == worker->member.scanner.pass_changes;
+	uint64_t pause = KSM_MAX(worker->settings.sleep_millisecs * MS, MS);
+	worker->rest_ns = idle ? KSM_MIN(KSM_MAX(worker->rest_ns * 2, pause), LONGEST_REST_NS) : 0;
+	if (idle)
+		ksm_merger_rest(&worker->member.scanner.merger);
+}
+
+/* A batch of the background pass. Returns how long to sleep. */
+static uint64_t work(struct ksm_worker *worker)
+{
+	struct ksm_scanner *scanner = &worker->member.scanner;
+	struct ksm_scan_between hook = {between_background, worker};
+	uint64_t pause = worker->settings.sleep_millisecs * MS;
+	if (!worker->settings.run || !scanner->barrier.ops)
+		return LOOK_EVERY_NS;
+	bool over = ksm_scan_batch(scanner, worker->settings.pages_to_scan, worker->settings.max_pages_to_merge, &hook);
+	if (!over)
+		return pause;
+	rest_longer(worker, &scanner->pass);
+	return KSM_MAX(pause, worker->rest_ns);
+}
+
+/* Take as many signals as were sent to us. */
+static bool hear_kicks(struct ksm_worker *worker)
+{
+	uint32_t kicks = ksm_exchange_acqrel(&worker->kicks, 0);
+	ksm_os_signalfd_take(worker->signal, kicks);
+	return kicks > 0;
+}
+
+static void nap(struct ksm_worker *worker, uint64_t ns)
+{
+	struct pollfd set[KSM_EXCHANGE_POLL + 1];
+	struct ksm_slot *self = worker->member.peer.self;
+	bool resting = ns > 2 * worker->settings.sleep_millisecs * MS;
+	if (resting) {
+		ksm_store_relaxed(&worker->resting, 1);
+		ksm_store_relaxed(&self->sleeping, 1);
+	}
+	/* shy: the program has the same signal pending for itself; do not spin on it */
+	uint64_t most = KSM_MIN(ns, worker->shy ? SHY_NAP_NS : LOOK_EVERY_NS);
+	set[0] = (struct pollfd){.fd = worker->shy ? -1 : worker->signal, .events = POLLIN};
+	size_t count = 1 + ksm_exchange_poll_set(&worker->member.exchange, set + 1);
+	if (!ksm_load_acquire(&worker->waiting) && !ksm_load_acquire(&worker->stop))
+		if (ksm_os_poll(set, count, most) < 0)
+			ksm_os_sleep_ns(most);
+	worker->shy = !hear_kicks(worker) && (set[0].revents & POLLIN);
+	if (resting) {
+		ksm_store_relaxed(&self->sleeping, 0);
+		if (!ksm_exchange_acqrel(&worker->resting, 0) || worker->member.exchange.woken)
+			worker->rest_ns = 0; /* somebody ended it */
+	}
+	worker->served_ns = ksm_os_now_ns();
+	ksm_exchange_serve(&worker->member.exchange, &worker->member.peer);
+}
+
+void ksm_worker_loop(struct ksm_worker *worker)
+{
+	uint64_t resume_at = 0;
+	worker->settle_seq =
+		ksm_load_seqcst(&worker->member.peer.control->settle_seq); /* what was asked before we came */
+	while (!ksm_load_acquire(&worker->stop)) {
+		run_calls(worker);
+		if (ksm_load_acquire(&worker->stop) || !worker->member.joined)
+			return;
+		uint64_t now = ksm_os_now_ns();
+		ksm_rendezvous_settings(worker->member.peer.fds.file, &worker->settings);
+		look_around(worker, now);
+		if (worker->settings.run && settle(worker, now)) {
+			resume_at = 0;
+			if (is_quiet(&worker->member.peer))
+				nap(worker, 2 * MS);
+			continue;
+		}
+		if (worker->rest_ns == 0 || now >= resume_at)
+			resume_at = now + work(worker);
+		give_hints(worker, ksm_os_now_ns());
+		now = ksm_os_now_ns();
+		nap(worker, resume_at > now ? resume_at - now : 0);
+	}
+}

@@ -1,0 +1,372 @@
+/* SPDX-License-Identifier: MIT */
+/* Merging, seen from inside and from outside (smaps, the store's blocks). */
+#include "crowd.h"
+#include "members.h"
+
+#include <linux/io_uring.h>
+#include <sys/uio.h>
+
+#define PAGES 100
+
+static uint64_t pages_in(const struct ksm_region *region, enum ksm_page_state state)
+{
+	return region->states[state];
+}
+
+TEST(equal_pages_become_one)
+{
+	if (!kit_can_merge())
+		return;
+	struct ksm_member *a = members_join("d");
+	char *one = kit_map_filled(PAGES, 1), *two = kit_map_filled(PAGES, 1);
+	struct ksm_region *r1 = members_region(a, one, PAGES), *r2 = members_region(a, two, PAGES);
+	CHECK_EQ(members_merge(a), 2 * PAGES);
+	CHECK_EQ(pages_in(r1, KSM_PAGE_MERGED), PAGES);
+	CHECK_EQ(pages_in(r2, KSM_PAGE_MERGED), PAGES);
+	CHECK_EQ(members_frames(a), PAGES);
+	CHECK_EQ(members_counter(a, KSM_PAGES_MERGED), 2 * PAGES);
+	CHECK_EQ(members_counter(a, KSM_FRAMES_REFERRED), PAGES);
+	CHECK_EQ(members_counter(a, KSM_MERGES), 2 * PAGES);
+	CHECK_EQ(members_counter(a, KSM_FAILURES), 0);
+	kit_check_filled(one, PAGES, 1);
+	kit_check_filled(two, PAGES, 1);
+	/* The kernel's word: every byte read, no anonymous memory, and the store holds each page once. */
+	CHECK_EQ(kit_smaps_bytes(one, PAGES, "Rss"), PAGES * KSM_PAGE_SIZE);
+	CHECK_EQ(kit_smaps_bytes(one, PAGES, "Anonymous"), 0);
+	CHECK_EQ(kit_smaps_bytes(two, PAGES, "Anonymous"), 0);
+	CHECK_EQ(kit_smaps_bytes(one, PAGES, "Pss") + kit_smaps_bytes(two, PAGES, "Pss"), PAGES * KSM_PAGE_SIZE);
+	CHECK_EQ(kit_blocks(a->peer.fds.store), PAGES * KSM_PAGE_SIZE);
+	CHECK_EQ(kit_smaps(one, PAGES * KSM_PAGE_SIZE, NULL, NULL), 1);
+	CHECK_EQ(kit_smaps(two, PAGES * KSM_PAGE_SIZE, NULL, NULL), 1);
+	CHECK_LE(members_counter(a, KSM_VMAS_USED), 4);
+	CHECK(!kit_is_registered(one, PAGES));
+	members_unmap(a, r1);
+	CHECK_EQ(members_sweep(a), 0);
+	members_unmap(a, r2);
+	CHECK_EQ(members_sweep(a), PAGES);
+	CHECK_EQ(kit_blocks(a->peer.fds.store), 0);
+	CHECK_EQ(members_counter(a, KSM_VMAS_USED), 0);
+	CHECK_EQ(members_counter(a, KSM_PAGES_MERGED), 0);
+	members_leave(a);
+}
+
+TEST(a_write_makes_a_page_private)
+{
+	if (!kit_can_merge())
+		return;
+	struct ksm_member *a = members_join("d");
+	char *one = kit_map_filled(PAGES, 1), *two = kit_map_filled(PAGES, 1);
+	struct ksm_region *r1 = members_region(a, one, PAGES), *r2 = members_region(a, two, PAGES);
+	members_merge(a);
+	for (size_t i = 0; i < PAGES; i += 10)
+		kit_fill(kit_page(one, i), 1000 + i);
+	int zero = open("/dev/zero", O_RDONLY | O_CLOEXEC);
+	CHECK_EQ(read(zero, kit_page(one, 5), KSM_PAGE_SIZE), (ssize_t)KSM_PAGE_SIZE);
+	kit_check_filled(two, PAGES, 1);
+	CHECK_EQ(kit_smaps_bytes(one, PAGES, "Anonymous"), 11 * KSM_PAGE_SIZE);
+	CHECK_EQ(kit_smaps_bytes(two, PAGES, "Anonymous"), 0);
+	members_merge(a); /* sees it; a broken page stays where it is */
+	CHECK_EQ(pages_in(r1, KSM_PAGE_BROKEN), 11);
+	CHECK_EQ(members_counter(a, KSM_COW_BREAKS), 11);
+	CHECK_EQ(members_counter(a, KSM_PAGES_BROKEN), 11);
+	for (size_t i = 0; i < PAGES; i++)
+		CHECK(kit_is(kit_page(one, i), i == 5 ? 0 : i % 10 ? 1 + i : 1000 + i));
+	/* Its mapping still refers to the frame: nothing is freed, even with the other copy gone. */
+	members_unmap(a, r2);
+	CHECK_EQ(members_sweep(a), 0);
+	CHECK_EQ(members_frames(a), PAGES);
+	kit_fill(kit_page(one, 0), 1);
+	members_unmap(a, r1);
+	CHECK_EQ(members_sweep(a), PAGES);
+	members_leave(a);
+}
+
+TEST(zeros_need_no_frame)
+{
+	if (!kit_can_merge())
+		return;
+	struct ksm_member *a = members_join("d");
+	char *at = kit_map(PAGES);
+	memset(at, 0, PAGES * KSM_PAGE_SIZE); /* written, so private */
+	struct ksm_region *region = members_region(a, at, PAGES);
+	CHECK_EQ(kit_smaps_bytes(at, PAGES, "Anonymous"), PAGES * KSM_PAGE_SIZE);
+	CHECK_EQ(members_merge(a), 0);
+	CHECK_EQ(pages_in(region, KSM_PAGE_DROPPED), PAGES);
+	CHECK_EQ(members_counter(a, KSM_PAGES_ZERO), PAGES);
+	CHECK_EQ(members_frames(a), 0);
+	CHECK_EQ(kit_blocks(a->peer.fds.store), 0);
+	CHECK_EQ(kit_smaps_bytes(at, PAGES, "Rss"), 0);
+	for (size_t i = 0; i < PAGES; i++)
+		CHECK(kit_is(kit_page(at, i), 0));
+	members_merge(a); /* read meanwhile */
+	CHECK_EQ(pages_in(region, KSM_PAGE_DROPPED), PAGES);
+	for (size_t i = 0; i < PAGES; i += 2)
+		kit_fill(kit_page(at, i), 5); /* one content */
+	members_merge(a);
+	CHECK_EQ(pages_in(region, KSM_PAGE_DROPPED), PAGES / 2);
+	CHECK_EQ(pages_in(region, KSM_PAGE_MERGED), PAGES / 2);
+	CHECK_LE(members_frames(a), 8);
+	for (size_t i = 0; i < PAGES; i++)
+		CHECK(kit_is(kit_page(at, i), i % 2 ? 0 : 5));
+	members_unmap(a, region);
+	CHECK_GT(members_sweep(a), 0);
+	CHECK_EQ(members_counter(a, KSM_PAGES_ZERO), 0);
+	members_leave(a);
+}
+
+TEST(the_budget_of_mappings_is_kept)
+{
+	if (!kit_can_merge())
+		return;
+	enum {
+		MANY = 600,
+		BUDGET = 40
+	};
+	struct ksm_member *a = members_join("d");
+	char *one = kit_map_filled(MANY, 1), *two = kit_map(MANY);
+	for (size_t i = 0; i < MANY; i++) /* the same pages in another order: no two make a run */
+		kit_fill(kit_page(two, i), 1 + (i * 7) % MANY + 0);
+	members_region(a, one, MANY);
+	members_region(a, two, MANY);
+	a->scanner.merger.vma_budget = BUDGET;
+	struct ksm_merge_counts counts = members_pass(a);
+	for (int i = 0; i < 4; i++)
+		counts = members_pass(a);
+	CHECK_EQ(counts.why_not, KSM_EBUDGET);
+	CHECK_LE(members_counter(a, KSM_VMAS_USED), BUDGET);
+	CHECK_GT(members_counter(a, KSM_PAGES_MERGED), 0);
+	size_t mappings =
+		kit_smaps(one, MANY * KSM_PAGE_SIZE, NULL, NULL) + kit_smaps(two, MANY * KSM_PAGE_SIZE, NULL, NULL);
+	CHECK_LE(mappings, members_counter(a, KSM_VMAS_USED) + 2);
+	kit_check_filled(one, MANY, 1);
+	for (size_t i = 0; i < MANY; i++)
+		CHECK(kit_is(kit_page(two, i), 1 + (i * 7) % MANY));
+	CHECK_EQ(members_counter(a, KSM_FAILURES), 0);
+	a->scanner.merger.vma_budget = 0;
+	members_merge(a);
+	members_leave(a);
+}
+
+TEST(mappings_are_counted_as_the_kernel_does)
+{
+	if (!kit_can_merge())
+		return;
+	enum {
+		MANY = 300
+	};
+	struct ksm_member *a = members_join("d");
+	uint64_t state = 4;
+	char *one = kit_map(MANY), *two = kit_map(MANY);
+	for (size_t i = 0; i < MANY; i++) {
+		kit_fill(kit_page(one, i), 1 + i);
+		kit_fill(kit_page(two, i), kit_random(&state) % 3 ? 1 + i : 1 + kit_random(&state) % MANY);
+	}
+	members_region(a, one, MANY);
+	members_region(a, two, MANY);
+	for (int i = 0; i < 5; i++) {
+		members_merge(a);
+		size_t mappings = kit_smaps(one, MANY * KSM_PAGE_SIZE, NULL, NULL) +
+				  kit_smaps(two, MANY * KSM_PAGE_SIZE, NULL, NULL);
+		CHECK_LE(mappings, members_counter(a, KSM_VMAS_USED) + 2);
+		for (size_t page = (size_t)i; page < MANY; page += 9)
+			kit_fill(kit_page(one, page), 2000 + page);
+	}
+	members_leave(a);
+}
+
+TEST(peers_merge_without_reading_one_another)
+{
+	if (!kit_can_merge())
+		return;
+	struct ksm_member *a = members_join("d"), *b = members_join("d");
+	char *one = kit_map_filled(PAGES, 1), *two = kit_map_filled(PAGES, 1);
+	members_region(a, one, PAGES);
+	members_region(b, two, PAGES);
+	CHECK_EQ(members_know(a), 0);
+	CHECK_EQ(members_know(b), 0);
+	CHECK_EQ(members_pass(a).merged, 0); /* alone with it: candidates, no frames */
+	CHECK_EQ(members_frames(a), 0);
+	CHECK_EQ(members_merge(b), PAGES); /* finds the candidates: promotes its own */
+	CHECK_EQ(members_frames(a), PAGES);
+	CHECK_EQ(members_merge(a), PAGES);
+	CHECK_EQ(members_frames(a), PAGES);
+	CHECK_EQ(members_counter(a, KSM_PROMOTIONS), 0);
+	CHECK_EQ(members_counter(b, KSM_PROMOTIONS), PAGES);
+	CHECK_EQ(kit_blocks(a->peer.fds.store), PAGES * KSM_PAGE_SIZE);
+	kit_check_filled(one, PAGES, 1);
+	kit_check_filled(two, PAGES, 1);
+	kit_fill(one, 500);
+	CHECK(kit_is(two, 1));
+	members_leave(b);
+	CHECK_EQ(members_sweep(a), 0);
+	members_leave(a);
+}
+
+TEST(a_digest_only_proposes)
+{
+	if (!kit_can_merge())
+		return;
+	struct ksm_member *a = members_join("d");
+	char page[KSM_PAGE_SIZE];
+	char *at = kit_map_filled(1, 1);
+	ksm_frameno frame = members_publish(a, 2); /* other bytes, said to have the digest of ours */
+	kit_fill(page, 1);
+	uint64_t digest = ksm_page_digest(page);
+	ksm_store_release(&a->peer.checks[frame], (uint32_t)(digest >> KSM_DIGEST_CHECK_SHIFT));
+	ksm_index_insert(&a->index, &a->peer, digest, frame, members_generation(a, frame));
+	members_region(a, at, 1);
+	CHECK_EQ(members_merge(a), 0);
+	CHECK(kit_is(at, 1));
+	CHECK_EQ(kit_is_file(at), 0);
+	CHECK_EQ(a->peer.counts[frame], 1);
+	members_leave(a);
+}
+
+TEST(young_pages_are_left_alone)
+{
+	if (!kit_can_merge())
+		return;
+	struct ksm_member *a = members_join("d");
+	char *at = kit_map(4);
+	for (size_t i = 0; i < 4; i++)
+		kit_fill(kit_page(at, i), 1 + i / 2);
+	members_region(a, at, 4);
+	CHECK(ksm_scan_batch(&a->scanner, 1000, 1000, NULL) || ksm_scan_batch(&a->scanner, 1000, 1000, NULL));
+	CHECK_EQ(members_counter(a, KSM_PAGES_MERGED), 0); /* seen once */
+	kit_fill(kit_page(at, 2), 7);                      /* written since */
+	kit_fill(kit_page(at, 3), 7);
+	for (int i = 0; i < 4; i++)
+		ksm_scan_batch(&a->scanner, 1000, 1000, NULL);
+	CHECK_GE(members_counter(a, KSM_PAGES_MERGED), 2);
+	for (int i = 0; i < 8; i++)
+		ksm_scan_batch(&a->scanner, 1000, 1000, NULL);
+	CHECK_EQ(members_counter(a, KSM_PAGES_MERGED), 4);
+	members_leave(a);
+}
+
+TEST(pinned_pages_are_skipped_and_the_others_merge)
+{
+	if (!kit_can_merge())
+		return;
+	struct ksm_member *a = members_join("d");
+	char *one = kit_map_filled(PAGES, 1), *two = kit_map_filled(PAGES, 1);
+	struct io_uring_params params = {0};
+	struct iovec iov = {kit_page(one, 40), 3 * KSM_PAGE_SIZE};
+	int ring = (int)syscall(SYS_io_uring_setup, 1, &params);
+	if (ring < 0)
+		return;
+	CHECK_SYS(syscall(SYS_io_uring_register, ring, IORING_REGISTER_BUFFERS, &iov, 1));
+	struct ksm_region *r1 = members_region(a, one, PAGES), *r2 = members_region(a, two, PAGES);
+	members_merge(a);
+	CHECK_EQ(pages_in(r1, KSM_PAGE_MERGED), PAGES - 3);
+	CHECK_EQ(pages_in(r1, KSM_PAGE_REFUSED), 3);
+	CHECK_EQ(pages_in(r2, KSM_PAGE_MERGED), PAGES);
+	CHECK_GE(members_counter(a, KSM_PAGES_SKIPPED), 3);
+	kit_check_filled(one, PAGES, 1);
+	kit_check_filled(two, PAGES, 1);
+	close(ring);
+	KIT_WAIT(10, (members_merge(a), pages_in(r1, KSM_PAGE_MERGED) == PAGES));
+	CHECK_EQ(members_counter(a, KSM_FAILURES), 0);
+	members_leave(a);
+}
+
+TEST(who_is_not_dumpable_takes_but_does_not_give)
+{
+	if (!kit_can_merge())
+		return;
+	struct ksm_member *a = members_join("d");
+	char *one = kit_map_filled(PAGES, 1), *two = kit_map_filled(PAGES, 1);
+	struct ksm_region *r1 = members_region(a, one, PAGES);
+	members_region(a, two, PAGES);
+	ksm_frameno frame = members_publish(a, 6);
+	char page[KSM_PAGE_SIZE];
+	kit_fill(page, 6);
+	ksm_index_insert(&a->index, &a->peer, ksm_page_digest(page), frame, 0);
+	CHECK_SYS(prctl(PR_SET_DUMPABLE, 0));
+	int why_not = members_pass(a).why_not;
+	CHECK_EQ(members_pass(a).merged + members_pass(a).merged, 0);
+	CHECK_EQ(why_not, KSM_EDUMPABLE);
+	CHECK_EQ(pages_in(r1, KSM_PAGE_MERGED), 1); /* the frame that was there */
+	CHECK_EQ(members_frames(a), 1);
+	CHECK_SYS(prctl(PR_SET_DUMPABLE, 1));
+	members_merge(a);
+	CHECK_EQ(pages_in(r1, KSM_PAGE_MERGED), PAGES);
+	members_leave(a);
+}
+
+TEST(a_full_store_stops_merging_and_nothing_else)
+{
+	if (!kit_can_merge())
+		return;
+	enum {
+		MANY = KSM_CHUNK + 500
+	};
+	struct ksm_domain_options options = kit_options("d");
+	struct ksm_member *a = NULL;
+	options.capacity_bytes = 1;
+	CHECK_EQ(members_try_join(&options, &a), 0);
+	char *one = kit_map_filled(MANY, 1), *two = kit_map_filled(MANY, 1);
+	members_region(a, one, MANY);
+	members_region(a, two, MANY);
+	int why_not = members_pass(a).why_not;
+	CHECK_EQ(why_not, -ENOSPC);
+	members_merge(a);
+	CHECK_EQ(members_frames(a), KSM_CHUNK);
+	CHECK_EQ(members_counter(a, KSM_PAGES_MERGED), 2 * KSM_CHUNK);
+	kit_check_filled(one, MANY, 1);
+	kit_check_filled(two, MANY, 1);
+	members_leave(a);
+}
+
+TEST(huge_pages_are_merged_too)
+{
+	if (!kit_can_merge())
+		return;
+	size_t huge = (2u << 20) / KSM_PAGE_SIZE;
+	struct ksm_member *a = members_join("d");
+	char *room = kit_map(3 * huge);
+	char *at = (char *)(((uintptr_t)room + (2u << 20) - 1) & ~((uintptr_t)(2u << 20) - 1));
+	madvise(at, 2 * huge * KSM_PAGE_SIZE, MADV_HUGEPAGE);
+	for (size_t i = 0; i < 2 * huge; i++)
+		kit_fill(kit_page(at, i), 1 + i % huge);
+	struct ksm_region *region = members_region(a, at, 2 * huge);
+	members_merge(a);
+	CHECK_EQ(pages_in(region, KSM_PAGE_MERGED), 2 * huge);
+	CHECK_EQ(kit_blocks(a->peer.fds.store), huge * KSM_PAGE_SIZE);
+	kit_check_filled(at, huge, 1);
+	kit_check_filled(kit_page(at, huge), huge, 1);
+	members_leave(a);
+}
+
+TEST_LIMIT(nothing_is_lost_while_threads_write, 30)
+{
+	if (!kit_can_merge())
+		return;
+	enum {
+		FIELD = 600
+	};
+	struct ksm_member *a = members_join("d");
+	struct crowd crowd;
+	for (unsigned pause = 0; pause <= 1000; pause += 500) {
+		char *field = kit_map_filled(FIELD, 1), *twin = kit_map_filled(FIELD, 1);
+		for (size_t i = 0; i < FIELD; i++)
+			memset(kit_page(twin, i), 0, 3 * 8);
+		struct ksm_region *r1 = members_region(a, field, FIELD), *r2 = members_region(a, twin, FIELD);
+		crowd_start(&crowd, field, FIELD, 3, pause);
+		uint64_t merges = members_counter(a, KSM_MERGES);
+		for (double until = harness_now() + 0.7; harness_now() < until;)
+			members_pass(a);
+		CHECK_EQ(crowd_end(&crowd), 0);
+		crowd_check_rest(&crowd, 1);
+		if (pause)
+			CHECK_GT(members_counter(a, KSM_MERGES), merges + FIELD);
+		members_unmap(a, r1);
+		members_unmap(a, r2);
+		munmap(field, FIELD * KSM_PAGE_SIZE);
+		munmap(twin, FIELD * KSM_PAGE_SIZE);
+	}
+	CHECK_EQ(members_counter(a, KSM_FAILURES), 0);
+	CHECK_GE(members_sweep(a), 0);
+	CHECK_EQ(members_frames(a), 0);
+	members_leave(a);
+}
