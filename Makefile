@@ -4,9 +4,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-C      := $(wildcard csrc/*.[ch] tests/csrc/*.[ch])
+C      := $(wildcard csrc/*.[ch] tests/csrc/*.[ch] tests/soak/*.[ch])
 PYX    := $(wildcard ksmalloc/*.pyx ksmalloc/*.pxd)
-ROUNDS ?= 10
+SECONDS ?= 3600
 
 .DEFAULT_GOAL := help
 .PHONY: help build test ctest model asan ubsan soak lint format docs demo clean
@@ -37,8 +37,8 @@ asan: $(READY) ## the core's own tests under the address sanitizer
 ubsan: $(READY) ## the core's own tests under the undefined-behaviour sanitizer
 	KSMALLOC_TEST_CFLAGS='-fsanitize=undefined -fno-sanitize-recover=all -Wno-error' $(BIN)/pytest tests/test_csrc.py
 
-soak: build ## all tests, ROUNDS=10 times over
-	for round in $$(seq $(ROUNDS)); do echo "round $$round of $(ROUNDS)"; $(BIN)/pytest -q || exit 1; done
+soak: build ## the lost-write soak, SECONDS=3600 long
+	KSMALLOC_SOAK_SECONDS=$(SECONDS) $(BIN)/pytest -s tests/test_soak.py
 
 lint: build ## formatting, style, types
 	$(BIN)/clang-format --dry-run -Werror $(C)

@@ -326,6 +326,7 @@ int ksm_domain_sweep(struct ksm_domain *domain, uint64_t *freed)
 static int settle_begin(struct ksm_member *member, void *context KSM_UNUSED)
 {
 	ksm_add_seqcst(&member->peer.control->settle_seq, 1);
+	ksm_add_seqcst(&member->peer.control->settle_beats, 1);
 	return 0;
 }
 
@@ -335,6 +336,8 @@ static int settle_check(struct ksm_member *member, void *context)
 	struct ksm_peer *peer = &member->peer;
 	bool wake = request->broken_too; /* here: remind those that are behind */
 	request->settled = true;
+	if (wake)
+		ksm_add_seqcst(&peer->control->settle_beats, 1);
 	ksm_scan_know_peers(&member->scanner);
 	uint64_t seq = ksm_load_seqcst(&peer->control->settle_seq);
 	uint64_t changes = ksm_load_seqcst(&peer->control->changes);

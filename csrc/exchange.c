@@ -84,6 +84,13 @@ size_t ksm_exchange_poll_set(const struct ksm_exchange *exchange, struct pollfd 
 	return n;
 }
 
+static int bitmap_of(const struct ksm_peer *peer, ksm_slotno slot)
+{
+	if (slot == peer->seat.slot)
+		return peer->seat.bitmap_fd;
+	return peer->others[slot].bitmap ? peer->others[slot].fd : -1;
+}
+
 static void answer(struct ksm_exchange *exchange, const struct ksm_peer *peer, int fd,
 		   const struct ksm_message *request, bool ourselves)
 {
@@ -102,7 +109,7 @@ static void answer(struct ksm_exchange *exchange, const struct ksm_peer *peer, i
 		fds[nfds++] = peer->fds.control;
 		fds[nfds++] = peer->fds.store;
 	} else if (request->kind == KSM_MESSAGE_BITMAP && request->slot < KSM_PEERS_MAX) {
-		int bitmap = request->slot == peer->seat.slot ? peer->seat.bitmap_fd : peer->others[request->slot].fd;
+		int bitmap = bitmap_of(peer, request->slot);
 		if (bitmap >= 0)
 			fds[nfds++] = bitmap;
 		else

@@ -133,6 +133,7 @@ void ksm_frame_abandon(struct ksm_peer *peer, ksm_frameno frame)
 {
 	uint64_t mine = ksm_load_acquire(cell_of(peer, frame));
 	ksm_frame_put(peer, frame, 1);
+	peer->full_at = 0; /* there is one now */
 	if (ksm_cell_state(mine) == KSM_CELL_ALLOC && ksm_cell_slot(mine) == peer->seat.slot)
 		ksm_cas_seqcst(cell_of(peer, frame), mine,
 			       ksm_cell_make(KSM_CELL_FREE, 0, 0, ksm_cell_generation(mine)));

@@ -38,11 +38,13 @@ void ksm_index_attach(struct ksm_index *index, const struct ksm_peer *peer)
 	unsigned levels = ksm_table_levels_for(peer->layout.frames);
 	index->frames = (struct ksm_table){
 		.words = (uint64_t *)(base + peer->layout.index),
+		.touched = (uint64_t *)(base + peer->layout.index_touched),
 		.levels_now = &peer->control->index_levels,
 		.levels_max = levels,
 	};
 	index->candidates = (struct ksm_table){
 		.words = (uint64_t *)(base + peer->layout.candidates),
+		.touched = (uint64_t *)(base + peer->layout.candidates_touched),
 		.levels_now = &peer->control->candidate_levels,
 		.levels_max = levels,
 	};
@@ -85,7 +87,7 @@ ksm_frameno ksm_index_take(struct ksm_index *index, struct ksm_peer *peer, uint6
 	for (unsigned n = 0; n < levels * KSM_TABLE_CHOICES; n++) {
 		uint64_t *bucket =
 			ksm_table_bucket(&index->frames, n / KSM_TABLE_CHOICES, n % KSM_TABLE_CHOICES, digest);
-		for (unsigned i = 0; i < KSM_TABLE_BUCKET; i++) {
+		for (unsigned i = 0; bucket && i < KSM_TABLE_BUCKET; i++) {
 			uint64_t word = ksm_load_acquire(&bucket[i]);
 			if (!index_word_fits(peer, word, digest))
 				continue;
@@ -126,7 +128,11 @@ static bool owner_is_living(const struct ksm_peer *peer, uint64_t word)
 {
 	ksm_slotno slot = (ksm_slotno)(word >> 15 & 0x3ff);
 	uint32_t epoch = ksm_load_relaxed(&ksm_peer_slot(peer, slot)->epoch);
-	return ((epoch ^ (word >> 12)) & 7) == 0 && ksm_peer_is_living(peer, slot, epoch);
+	if ((epoch ^ (word >> 12)) & 7)
+		return false;
+	/* Somebody came whom we have not listed yet: it may be that one, and its claim is not to be taken over. */
+	return ksm_peer_is_living(peer, slot, epoch) ||
+	       ksm_load_seqcst(&peer->control->peer_epoch) != peer->living_epoch;
 }
 
 /* Ours, whatever page of ours it was. */
@@ -148,7 +154,7 @@ static bool candidates_visit(struct ksm_index *index, uint64_t digest,
 	for (unsigned n = 0; n < levels * KSM_TABLE_CHOICES; n++) {
 		uint64_t *bucket =
 			ksm_table_bucket(&index->candidates, n / KSM_TABLE_CHOICES, n % KSM_TABLE_CHOICES, digest);
-		for (unsigned i = 0; i < KSM_TABLE_BUCKET; i++) {
+		for (unsigned i = 0; bucket && i < KSM_TABLE_BUCKET; i++) {
 			uint64_t word = ksm_load_acquire(&bucket[i]);
 			if ((word ^ candidate_tag(digest)) >> TAG_SHIFT == 0 && visit(context, &bucket[i], word))
 				return true;

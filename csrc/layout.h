@@ -136,10 +136,11 @@ struct ksm_control {
 	/* seq-cst; raised by a joiner after its liveness lock is taken and before its first bit is set, and for the
 	 * child of a fork after its bits are copied */
 	uint64_t peer_epoch;
-	uint64_t frames_high; /* frames [0, frames_high) have ever been allocated */
-	uint64_t changes;     /* raised by every publication and every candidate: somebody may find a twin now */
-	uint64_t settle_seq;  /* raised by every settle: all peers make passes until they are quiet */
-	uint64_t sweeps;      /* sweeps that freed something */
+	uint64_t frames_high;  /* frames [0, frames_high) have ever been allocated */
+	uint64_t changes;      /* raised by every publication and every candidate: somebody may find a twin now */
+	uint64_t settle_seq;   /* raised by every settle: all peers make passes until they are quiet */
+	uint64_t settle_beats; /* raised now and then by whoever waits for a settle: go on */
+	uint64_t sweeps;       /* sweeps that freed something */
 	uint64_t frames_freed;
 	uint32_t no_sweep;     /* 1, for good: some process could not be given a slot, so nothing is ever freed */
 	uint32_t index_levels; /* levels in use, raised by compare-and-swap */
@@ -215,6 +216,8 @@ struct ksm_layout {
 	uint64_t checks;
 	uint64_t index;
 	uint64_t candidates;
+	uint64_t index_touched; /* a bit for each page of the table that ever got a word */
+	uint64_t candidates_touched;
 	uint64_t total;
 };
 
@@ -237,6 +240,7 @@ static inline void ksm_layout_compute(uint64_t frames, struct ksm_layout *out)
 {
 	uint64_t at = ksm_page_round_up(sizeof(struct ksm_control));
 	uint64_t table = ksm_table_words(ksm_table_levels_for(frames)) * sizeof(uint64_t);
+	uint64_t touched = (table / KSM_PAGE_SIZE + 64) / 64 * sizeof(uint64_t);
 
 	out->frames = frames;
 	out->slots = at;
@@ -250,7 +254,10 @@ static inline void ksm_layout_compute(uint64_t frames, struct ksm_layout *out)
 	out->index = at;
 	at = ksm_page_round_up(at + table);
 	out->candidates = at;
-	out->total = ksm_page_round_up(at + table);
+	at = ksm_page_round_up(at + table);
+	out->index_touched = at;
+	out->candidates_touched = at + touched;
+	out->total = ksm_page_round_up(at + 2 * touched);
 }
 
 /* Changes whenever the meaning of a shared byte does. */

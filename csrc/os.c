@@ -108,20 +108,6 @@ int ksm_os_map_table(size_t nbytes, void **out)
 	return 0;
 }
 
-size_t ksm_os_resident(void *at, size_t nbytes)
-{
-	unsigned char in[256];
-	size_t pages = 0;
-	for (size_t done = 0; done < nbytes; done += sizeof(in) * KSM_PAGE_SIZE) {
-		size_t n = KSM_MIN(nbytes - done, sizeof(in) * KSM_PAGE_SIZE);
-		if (mincore((char *)at + done, n, in))
-			return nbytes;
-		for (size_t i = 0; i < ksm_pages_of(n); i++)
-			pages += in[i] & 1;
-	}
-	return pages * KSM_PAGE_SIZE;
-}
-
 int ksm_os_map_frames(void *at, size_t nbytes, int store, uint64_t offset)
 {
 	KSM_FAULT(MAP_FRAMES);

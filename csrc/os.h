@@ -88,8 +88,6 @@ int ksm_os_fault_(enum ksm_os_call call);
 int ksm_os_map_anon(void *at, size_t nbytes, bool fixed, bool reserve, void **out);
 /* Private zeroed memory for tables: never huge pages, not in core dumps. */
 int ksm_os_map_table(size_t nbytes, void **out);
-/* How much of [at, at + nbytes) is resident. */
-size_t ksm_os_resident(void *at, size_t nbytes);
 /* Frames of the store over [at, at + nbytes): private, readable, writable. Their order is the file's. */
 int ksm_os_map_frames(void *at, size_t nbytes, int store, uint64_t offset);
 /* A shared mapping of a descriptor. */

@@ -71,8 +71,6 @@ void ksm_peer_init(struct ksm_peer *peer)
 	peer->fds = (struct ksm_descriptors){-1, -1, -1, -1, -1};
 	peer->seat.slot = KSM_NO_SLOT;
 	peer->seat.bitmap_fd = -1;
-	for (size_t i = 0; i < KSM_PEERS_MAX; i++)
-		peer->others[i].fd = -1;
 	ksm_merge_lock_renew(peer);
 }
 
@@ -85,6 +83,23 @@ static void place(struct ksm_peer *peer, void *map)
 	peer->chunks = (uint64_t *)(base + peer->layout.chunks);
 	peer->cells = (uint64_t *)(base + peer->layout.cells);
 	peer->checks = (uint32_t *)(base + peer->layout.checks);
+}
+
+size_t ksm_peer_table_bytes(void)
+{
+	return ksm_page_round_up(KSM_PEERS_MAX * (sizeof(struct ksm_other) + sizeof(ksm_slotno) + sizeof(uint32_t)));
+}
+
+static int map_others(struct ksm_peer *peer)
+{
+	void *table;
+	int r = ksm_os_map_table(ksm_peer_table_bytes(), &table);
+	if (r)
+		return r;
+	peer->others = table;
+	peer->living = (ksm_slotno *)(peer->others + KSM_PEERS_MAX);
+	peer->buried = peer->living + KSM_PEERS_MAX;
+	return 0;
 }
 
 static int map_counts(struct ksm_peer *peer)
@@ -105,6 +120,8 @@ static int map_all(struct ksm_peer *peer, int control)
 	ksm_os_advise(map, peer->layout.total, MADV_DONTDUMP);
 	place(peer, map);
 	r = map_counts(peer);
+	if (!r)
+		r = map_others(peer);
 	if (r) {
 		ksm_os_unmap(map, peer->layout.total);
 		peer->control = NULL;
@@ -169,9 +186,11 @@ struct ksm_slot *ksm_peer_slot(const struct ksm_peer *peer, ksm_slotno slot)
 void ksm_peer_forget_descriptors(struct ksm_peer *peer, bool mappings_stay)
 {
 	for (size_t i = 0; i < KSM_PEERS_MAX; i++) {
+		if (!peer->others[i].bitmap)
+			continue;
 		peer->others[i].fd = -1;
 		if (!mappings_stay)
-			peer->others[i] = (struct ksm_other){.fd = -1};
+			peer->others[i].bitmap = NULL;
 	}
 }
 
@@ -193,10 +212,12 @@ static void forget(struct ksm_peer *peer, ksm_slotno slot, bool dead)
 
 void ksm_peer_destroy(struct ksm_peer *peer)
 {
-	if (peer->control)
+	if (peer->others)
 		for (ksm_slotno slot = 0; slot < KSM_PEERS_MAX; slot++)
 			forget(peer, slot, false);
 	ksm_seat_leave(&peer->seat);
+	if (peer->others)
+		munmap(peer->others, ksm_peer_table_bytes());
 	if (peer->counts)
 		munmap(peer->counts, ksm_page_round_up(peer->layout.frames * sizeof(uint16_t)));
 	if (peer->control)

@@ -51,17 +51,18 @@ struct ksm_peer {
 	struct ksm_seat seat;
 	struct ksm_slot *self; /* our slot, in shared memory */
 	uint16_t *counts;      /* private: pages of ours mapped to each frame */
-	struct ksm_other others[KSM_PEERS_MAX];
+	struct ksm_other
+		*others; /* by slot; private, like the next two: tables of which only what is used takes memory */
 	/* the living, as of the last ksm_peer_refresh() */
-	ksm_slotno living[KSM_PEERS_MAX];
+	ksm_slotno *living;
 	size_t living_count;
-	uint64_t living_epoch;          /* peer epoch before they were listed */
-	bool living_known;              /* every one's bitmap is at hand */
-	ksm_slotno missing;             /* if not: one whose bitmap is not */
-	uint32_t buried[KSM_PEERS_MAX]; /* slot epochs of the dead whose frames have been marked */
-	int64_t vmas_used;              /* memory mappings that merging costs this process */
-	uint64_t full_at;               /* frames_freed when the store was found full, plus 1; 0: it was not */
-	ksm_frameno next_frame;         /* where the last run of allocations ended */
+	uint64_t living_epoch;  /* peer epoch before they were listed */
+	bool living_known;      /* every one's bitmap is at hand */
+	ksm_slotno missing;     /* if not: one whose bitmap is not */
+	uint32_t *buried;       /* slot epochs of the dead whose frames have been marked */
+	int64_t vmas_used;      /* memory mappings that merging costs this process */
+	uint64_t full_at;       /* frames_freed when the store was found full, plus 1; 0: it was not */
+	ksm_frameno next_frame; /* where the last run of allocations ended */
 	pthread_mutex_t merge_mutex, merge_next;
 };
 
@@ -73,6 +74,8 @@ static inline size_t ksm_bitmap_bytes(uint64_t frames)
 
 /* Set to nothing: no descriptors, no memory. */
 void ksm_peer_init(struct ksm_peer *peer);
+/* Bytes of the table that holds others, living and buried. */
+size_t ksm_peer_table_bytes(void);
 /* Give up everything but the memory others map: leave the domain. */
 void ksm_peer_destroy(struct ksm_peer *peer);
 

@@ -81,7 +81,8 @@ static int occupy_slot(struct ksm_peer *peer, struct ksm_seat *seat)
 	seat->epoch = ksm_load_relaxed(&slot->epoch) + 1;
 	if (seat->epoch > 1)
 		ksm_chunk_mark_all(peer);
-	memset(slot, 0, sizeof(*slot));
+	/* Not the epoch, not for an instant: who is killed here must not make the next ones look like earlier ones. */
+	memset((char *)slot + offsetof(struct ksm_slot, pid), 0, sizeof(*slot) - offsetof(struct ksm_slot, pid));
 	slot->pid = (int32_t)getpid();
 	ksm_store_release(&slot->nonce, seat->nonce);
 	ksm_store_release(&slot->epoch, seat->epoch);

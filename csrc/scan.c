@@ -292,21 +292,34 @@ void ksm_scan_see_breaks(struct ksm_scanner *scanner, struct ksm_region *region,
 	}
 }
 
+/* Private memory of [at, at + nbytes); what was only read is the kernel's page of zeros, which costs nothing. */
+static uint64_t occupied(const struct ksm_peer *peer, const void *at, size_t nbytes)
+{
+	uint16_t kinds[256];
+	uint64_t pages = 0;
+	for (size_t done = 0; at && done < nbytes; done += sizeof(kinds) / sizeof(kinds[0]) * KSM_PAGE_SIZE) {
+		size_t n = KSM_MIN(ksm_pages_of(nbytes - done), KSM_COUNT(kinds));
+		if (ksm_os_pagemap(peer->fds.pagemap, (const char *)at + done, n, kinds))
+			return nbytes;
+		for (size_t i = 0; i < n; i++)
+			pages += (kinds[i] & (KSM_PAGE_PRESENT | KSM_PAGE_SHARED)) == KSM_PAGE_PRESENT;
+	}
+	return pages * KSM_PAGE_SIZE;
+}
+
 uint64_t ksm_scan_metadata(struct ksm_scanner *scanner)
 {
 	struct ksm_peer *peer = scanner->peer;
 	struct stat stat;
-	uint64_t nbytes = sizeof(*peer) + sizeof(*scanner);
-	nbytes += ksm_os_resident(peer->counts, ksm_page_round_up(peer->layout.frames * sizeof(uint16_t)));
+	uint64_t nbytes = sizeof(*peer) + sizeof(*scanner) + occupied(peer, peer->others, ksm_peer_table_bytes());
+	nbytes += occupied(peer, peer->counts, ksm_page_round_up(peer->layout.frames * sizeof(uint16_t)));
 	if (peer->seat.bitmap_fd >= 0 && !ksm_os_stat(peer->seat.bitmap_fd, &stat))
 		nbytes += (uint64_t)stat.st_blocks * 512;
-	if (scanner->merger.buffer)
-		nbytes += ksm_os_resident(scanner->merger.buffer, KSM_STRETCH * KSM_PAGE_SIZE);
-	if (scanner->barrier.scratch)
-		nbytes += ksm_os_resident(scanner->barrier.scratch, KSM_WINDOW_PAGES * KSM_PAGE_SIZE);
+	nbytes += occupied(peer, scanner->merger.buffer, KSM_STRETCH * KSM_PAGE_SIZE);
+	nbytes += occupied(peer, scanner->barrier.scratch, KSM_WINDOW_PAGES * KSM_PAGE_SIZE);
 	ksm_merge_lock(peer);
 	for (struct ksm_region *region = scanner->regions; region; region = region->next)
-		nbytes += ksm_os_resident(region->words, ksm_page_round_up(used_pages(region) * sizeof(uint64_t)));
+		nbytes += occupied(peer, region->words, ksm_page_round_up(used_pages(region) * sizeof(uint64_t)));
 	ksm_merge_unlock(peer);
 	return nbytes;
 }

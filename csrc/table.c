@@ -4,8 +4,8 @@
  *
  * The index (digest to frame) and the candidates (digest to peer) are both tables of single 64-bit words in
  * the control memfd. A table has levels; level 0 has 4,096 words, each further one twice as many, and a level is used
- * only when both of a digest's buckets overflow in all earlier ones, so that untouched levels take no memory (reading
- * a level touches it).
+ * only when both of a digest's buckets overflow in all earlier ones, so that untouched levels take no memory. Reading
+ * would allocate them too: a bit for each page says whether there ever was a word in it.
  *
  *    digest ──┬─ low bits ────▶ bucket of 8 words (one cache line) ─┐ level 0
  *             ├─ other bits ──▶ bucket of 8 words ──────────────────┘
@@ -31,11 +31,33 @@ unsigned ksm_table_levels(const struct ksm_table *table)
 	return levels < 1 ? 1 : KSM_MIN(levels, table->levels_max);
 }
 
-uint64_t *ksm_table_bucket(const struct ksm_table *table, unsigned level, unsigned choice, uint64_t digest)
+static uint64_t *bucket_at(const struct ksm_table *table, unsigned level, unsigned choice, uint64_t digest)
 {
 	uint64_t buckets = (1ull << (KSM_TABLE_FIRST_SHIFT + level)) / KSM_TABLE_BUCKET;
 	uint64_t hash = choice ? (digest * 0x9e3779b97f4a7c15ull) >> 24 : digest;
 	return table->words + ksm_table_words(level) + (hash & (buckets - 1)) * KSM_TABLE_BUCKET;
+}
+
+static uint64_t page_of(const struct ksm_table *table, const uint64_t *bucket)
+{
+	return (uint64_t)(bucket - table->words) / (KSM_PAGE_SIZE / sizeof(uint64_t));
+}
+
+uint64_t *ksm_table_bucket(const struct ksm_table *table, unsigned level, unsigned choice, uint64_t digest)
+{
+	uint64_t *bucket = bucket_at(table, level, choice, digest);
+	uint64_t page = page_of(table, bucket);
+	return ksm_load_acquire(&table->touched[page / 64]) >> (page % 64) & 1 ? bucket : NULL;
+}
+
+/* The same for writing. */
+static uint64_t *touch_bucket(const struct ksm_table *table, unsigned level, unsigned choice, uint64_t digest)
+{
+	uint64_t *bucket = bucket_at(table, level, choice, digest);
+	uint64_t page = page_of(table, bucket), bit = 1ull << (page % 64);
+	if (!(ksm_load_relaxed(&table->touched[page / 64]) & bit))
+		ksm_or_seqcst(&table->touched[page / 64], bit);
+	return bucket;
 }
 
 /* Into one bucket, if there is room. */
@@ -51,6 +73,16 @@ static bool insert_here(uint64_t *bucket, uint64_t word, bool (*is_stale)(void *
 	return false;
 }
 
+/* Empty words of a bucket. */
+static unsigned room_in(const struct ksm_table *table, unsigned level, unsigned choice, uint64_t digest)
+{
+	const uint64_t *bucket = ksm_table_bucket(table, level, choice, digest);
+	unsigned room = bucket ? 0 : KSM_TABLE_BUCKET;
+	for (unsigned i = 0; bucket && i < KSM_TABLE_BUCKET; i++)
+		room += ksm_load_relaxed(&bucket[i]) == 0;
+	return room;
+}
+
 void ksm_table_insert(struct ksm_table *table, uint64_t digest, uint64_t word,
 		      bool (*is_stale)(void *context, uint64_t word), void *context)
 {
@@ -60,10 +92,13 @@ void ksm_table_insert(struct ksm_table *table, uint64_t digest, uint64_t word,
 			ksm_cas32_seqcst(table->levels_now, levels, levels + 1);
 			levels = KSM_MAX(ksm_table_levels(table), level + 1);
 		}
-		for (unsigned choice = 0; choice < KSM_TABLE_CHOICES; choice++)
-			if (insert_here(ksm_table_bucket(table, level, choice, digest), word, is_stale, context))
+		/* Into the emptier one first: then a level is nearly full before anything overflows. */
+		unsigned first = room_in(table, level, 1, digest) > room_in(table, level, 0, digest);
+		for (unsigned n = 0; n < KSM_TABLE_CHOICES; n++)
+			if (insert_here(touch_bucket(table, level, (first + n) % KSM_TABLE_CHOICES, digest), word,
+					is_stale, context))
 				return;
 	}
-	uint64_t *bucket = ksm_table_bucket(table, table->levels_max - 1, 0, digest);
+	uint64_t *bucket = touch_bucket(table, table->levels_max - 1, 0, digest);
 	ksm_store_release(&bucket[(digest >> 40) % KSM_TABLE_BUCKET], word);
 }

@@ -9,6 +9,7 @@
 
 struct ksm_table {
 	uint64_t *words;      /* in shared memory, ksm_table_words(levels_max) of them */
+	uint64_t *touched;    /* in shared memory: a bit for each page of words */
 	uint32_t *levels_now; /* in shared memory: levels in use */
 	unsigned levels_max;
 };
@@ -16,7 +17,8 @@ struct ksm_table {
 /* Levels in use, at least one, never beyond the room there is, whatever a confused peer has written. */
 unsigned ksm_table_levels(const struct ksm_table *table);
 
-/* One of the KSM_TABLE_CHOICES buckets (KSM_TABLE_BUCKET words each) in which a digest may lie in one level. */
+/* One of the KSM_TABLE_CHOICES buckets (KSM_TABLE_BUCKET words each) in which a digest may lie in one level; NULL: there
+ * is nothing there, nor in the whole page of it. */
 uint64_t *ksm_table_bucket(const struct ksm_table *table, unsigned level, unsigned choice, uint64_t digest);
 
 /*

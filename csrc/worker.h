@@ -41,7 +41,7 @@ struct ksm_worker {
 	int signal;
 	bool shy;
 	uint64_t served_ns, looked_ns, counted_ns, settle_until_ns, hinted_ns, rest_ns;
-	uint64_t settle_seq, hint_changes;
+	uint64_t settle_beats, hint_changes;
 	struct ksm_settings settings;
 };
 

@@ -69,6 +69,15 @@ static void run_calls(struct ksm_worker *worker)
 	pthread_mutex_unlock(&worker->queue);
 }
 
+/* Between the stretches of a pass for a settle, which must come to its end: calls are run here. */
+static int between_settle(void *context)
+{
+	struct ksm_worker *worker = context;
+	if (ksm_load_relaxed(&worker->waiting))
+		run_calls(worker);
+	return !worker->member.joined || between(context);
+}
+
 /* Who has come, who has died, what can be freed. */
 static void look_around(struct ksm_worker *worker, uint64_t now)
 {
@@ -112,20 +121,20 @@ static bool is_quiet(const struct ksm_peer *peer)
 static bool settle(struct ksm_worker *worker, uint64_t now)
 {
 	struct ksm_peer *peer = &worker->member.peer;
-	uint64_t seq = ksm_load_seqcst(&peer->control->settle_seq);
-	if (seq != worker->settle_seq || (worker->member.exchange.woken && seq > 1)) {
-		if (seq != worker->settle_seq || now < worker->settle_until_ns + SETTLE_FOR_NS)
-			worker->settle_until_ns = now + SETTLE_FOR_NS;
-		worker->settle_seq = seq;
-	}
+	uint64_t beats = ksm_load_relaxed(&peer->control->settle_beats);
+	if (beats != worker->settle_beats)
+		worker->settle_until_ns = now + SETTLE_FOR_NS;
+	worker->settle_beats = beats;
 	worker->member.exchange.woken = false;
 	if (now >= worker->settle_until_ns)
 		return false;
 	if (!is_quiet(peer)) {
 		struct ksm_merge_counts counts = {0};
-		struct ksm_scan_between hook = {between_background, worker};
+		struct ksm_scan_between hook = {between_settle, worker};
 		ksm_scan_pass(&worker->member.scanner, NULL, KSM_SCAN_ALL, &hook, &counts);
 		worker->looked_ns = 0;
+		if (worker->member.joined && is_quiet(peer))
+			ksm_merger_rest(&worker->member.scanner.merger);
 	}
 	return true;
 }
@@ -193,8 +202,7 @@ static void nap(struct ksm_worker *worker, uint64_t ns)
 void ksm_worker_loop(struct ksm_worker *worker)
 {
 	uint64_t resume_at = 0;
-	worker->settle_seq =
-		ksm_load_seqcst(&worker->member.peer.control->settle_seq); /* what was asked before we came */
+	worker->settle_beats = ksm_load_relaxed(&worker->member.peer.control->settle_beats);
 	while (!ksm_load_acquire(&worker->stop)) {
 		run_calls(worker);
 		if (ksm_load_acquire(&worker->stop) || !worker->member.joined)
@@ -203,6 +211,8 @@ void ksm_worker_loop(struct ksm_worker *worker)
 		ksm_rendezvous_settings(worker->member.peer.fds.file, &worker->settings);
 		look_around(worker, now);
 		if (worker->settings.run && settle(worker, now)) {
+			if (!worker->member.joined)
+				return;
 			resume_at = 0;
 			if (is_quiet(&worker->member.peer))
 				nap(worker, 2 * MS);

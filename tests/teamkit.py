@@ -184,16 +184,24 @@ def each(team: Team, command: str, arguments: Iterable[tuple[Any, ...]]) -> list
 # ---- the view from outside ---------------------------------------------------------------------------------
 
 
-def store_blocks(pids: Iterable[int]) -> int:
-    """Bytes that the store occupies, as the kernel says; its descriptor is in the scanner's own table."""
-    sizes = {}
+def store_inodes(pids: Iterable[int]) -> dict[int, int]:
+    """The stores that processes have open, and the bytes each occupies, as the kernel says.
+
+    A store's descriptors are in the scanners' own tables; mappings without one are found as well.
+    """
+    found = {}
     for pid in pids:
-        for link in glob.glob(f"/proc/{pid}/task/*/fd/*"):
+        for link in glob.glob(f"/proc/{pid}/task/*/fd/*") + glob.glob(f"/proc/{pid}/map_files/*"):
             with suppress(OSError):
                 if os.readlink(link).startswith("/memfd:ksmalloc store"):
                     status = os.stat(link)
-                    sizes[status.st_ino] = status.st_blocks * 512
-    return sum(sizes.values())
+                    found[status.st_ino] = status.st_blocks * 512
+    return found
+
+
+def store_blocks(pids: Iterable[int]) -> int:
+    """Bytes that the store of these processes occupies."""
+    return sum(store_inodes(pids).values())
 
 
 def measured(team: Team) -> Memory:

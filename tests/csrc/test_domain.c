@@ -172,7 +172,7 @@ TEST(killed_members_frames_go_and_nobody_elses)
 	kit_kill(crew[3]);
 	uint64_t freed = 0;
 	CHECK_EQ(ksm_domain_sweep(domain, &freed), 0);
-	CHECK_LE(freed, 2 * PAGES); /* a living scanner may have been quicker */
+	CHECK_LE(freed, 2 * PAGES); /* some scanner may have been quicker */
 	stats = stats_of(domain);
 	CHECK_EQ(stats.store_bytes, PAGES * (1 + CREW - 2) * KSM_PAGE_SIZE);
 	CHECK_EQ(stats.pages_shared, PAGES * (1 + CREW - 2));
@@ -181,7 +181,7 @@ TEST(killed_members_frames_go_and_nobody_elses)
 	kit_kill(crew[0]);
 	kit_kill(crew[2]);
 	CHECK_EQ(ksm_domain_sweep(domain, &freed), 0);
-	CHECK_EQ(freed, 3 * PAGES);
+	CHECK_LE(freed, 3 * PAGES);
 	stats = stats_of(domain);
 	CHECK_EQ(stats.store_bytes, 0);
 	CHECK_EQ(stats.pages_merged, 0);

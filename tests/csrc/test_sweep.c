@@ -216,8 +216,7 @@ TEST(somebody_comes_meanwhile)
 	ksm_frameno frame = members_publish(a, 3);
 	members_put(a, frame);
 	CHECK_EQ(ksm_peer_refresh(&a->peer), 0);
-	/* A newcomer that the list does not show yet: chunk by chunk by hand, the epoch moves between list and check. The
-	 * sweep lists again itself, so the newcomer is one whose bitmap is not at hand. */
+	/* Listed, but its bitmap is not at hand. */
 	struct ksm_member *b = members_join("d");
 	CHECK_EQ(ksm_sweep_chunk(&a->peer, 0), -EAGAIN);
 	CHECK_EQ(members_cell(a, frame), KSM_CELL_PUBLISHED);
@@ -244,24 +243,35 @@ TEST(the_epoch_moves_and_all_is_undone)
 {
 	struct ksm_member *a = members_join("d");
 	ksm_frameno frames[32];
+	char page[KSM_PAGE_SIZE];
 	pthread_t mover;
-	for (size_t i = 0; i < 32; i++)
-		frames[i] = members_publish(a, 3 + i);
-	for (size_t i = 0; i < 32; i++)
-		members_put(a, frames[i]);
 	ksm_store_release(&members_stop, 0);
 	CHECK_EQ(pthread_create(&mover, NULL, move_epoch, a), 0);
-	uint64_t before = ksm_load_seqcst(&a->peer.control->peer_epoch);
-	KIT_WAIT(5, ksm_load_seqcst(&a->peer.control->peer_epoch) > before + 1000);
 	int undone = 0;
-	for (int i = 0; i < 50 && members_cell(a, frames[0]) == KSM_CELL_PUBLISHED; i++) {
+	for (double until = harness_now() + 20; undone < 5 && harness_now() < until;) {
+		for (size_t i = 0; i < 32; i++)
+			frames[i] = KSM_NO_FRAME;
+		for (size_t i = 0; i < 32; i++) { /* as seldom as the epoch allows */
+			ksm_frameno frame;
+			if (ksm_frame_alloc(&a->peer, KSM_NO_FRAME, &frame))
+				continue;
+			kit_fill(page, 3 + i);
+			CHECK_EQ(ksm_frame_write(&a->peer, frame, 1, page), 0);
+			ksm_frame_publish(&a->peer, frame, ksm_page_digest(page));
+			frames[i] = frame;
+		}
+		for (size_t i = 0; i < 32; i++)
+			if (frames[i] != KSM_NO_FRAME)
+				ksm_frame_put(&a->peer, frames[i], 1);
 		int r = ksm_sweep_chunk(&a->peer, 0);
-		CHECK(r == -EAGAIN || r == 32);
+		CHECK(r == -EAGAIN || r >= 0);
 		undone += r == -EAGAIN;
-		for (size_t j = 0; j < 32 && r == -EAGAIN; j++) {
-			CHECK_EQ(members_cell(a, frames[j]), KSM_CELL_PUBLISHED);
-			CHECK(members_frame_is(a, frames[j], 3 + j));
-			CHECK(!ksm_bit_test(&a->peer, frames[j]));
+		for (size_t i = 0; i < 32 && r == -EAGAIN; i++) {
+			if (frames[i] == KSM_NO_FRAME)
+				continue;
+			CHECK_EQ(members_cell(a, frames[i]), KSM_CELL_PUBLISHED);
+			CHECK(members_frame_is(a, frames[i], 3 + i));
+			CHECK(!ksm_bit_test(&a->peer, frames[i]));
 		}
 	}
 	CHECK_GT(undone, 0);
