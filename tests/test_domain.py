@@ -218,7 +218,6 @@ def test_sweep_frees_what_nobody_uses(rendezvous: str) -> None:
 
 
 def test_named_object(rendezvous: str) -> None:
-    pytest.importorskip("posix_ipc")
     before = set(shm.objects())
     with ksmalloc.Domain(path=rendezvous, backing="shm", capacity="64MiB") as domain:
         name = f"/ksmalloc-{os.geteuid()}-{domain.id}"
@@ -234,7 +233,6 @@ def test_named_object(rendezvous: str) -> None:
 
 
 def test_refused_domain_leaves_no_object(rendezvous: str) -> None:
-    pytest.importorskip("posix_ipc")
     before = shm.objects()
     with pytest.raises(ValueError):
         ksmalloc.Domain("a/b", path=rendezvous, backing="shm")
