@@ -49,7 +49,7 @@ def test_readme_has_two_commands_and_ci_runs_them() -> None:
     assert [name for name, _ in marked] == ["demo", "test"]
     assert [command for _, command in marked] == blocks
     for name, _ in marked:
-        assert f'readme_command("{name}")' in read(".ci/run")
+        assert f'readme_command("{name}")' in read(".ci/stages.py")
 
 
 def test_makefile_documents_every_target() -> None:
