@@ -186,6 +186,8 @@ static int let_tail_go(struct ksm_barrier *barrier, size_t pages)
 	put_back_all(barrier);
 	unregister_and_wake(barrier, barrier->at, pages, true);
 	ksm_os_advise(barrier->scratch, bytes(barrier->pages), MADV_DONTNEED);
+	if (barrier->tainted)
+		start_over(barrier);
 	barrier->at = NULL;
 	barrier->view = NULL;
 	barrier->pages = 0;
@@ -245,8 +247,10 @@ static int move_hold(struct ksm_barrier *barrier, char *at, size_t pages)
 	if (barrier->uffd < 0)
 		return -EBADF;
 	int r = ksm_os_uffd_register(barrier->uffd, at, bytes(pages), KSM_UFFD_PROTECT);
-	if (r)
+	if (r) { /* the mappings before the one that failed are registered */
+		unregister_and_wake(barrier, at, pages, true);
 		return r;
+	}
 	r = ksm_os_uffd_protect(barrier->uffd, at, bytes(pages), true);
 	if (r)
 		unregister_and_wake(barrier, at, pages, true);

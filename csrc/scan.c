@@ -194,7 +194,9 @@ int ksm_scan_pass(struct ksm_scanner *scanner, struct ksm_region *only, enum ksm
 	}
 	if (!stop && !only) {
 		publish_pass(scanner, &pass);
-		if (who == KSM_SCAN_ALL && pass.merged + pass.dropped + pass.promoted == 0) {
+		/* -EAGAIN: no frame could be had, because somebody came whose bitmap we do not have yet */
+		bool idle = pass.merged + pass.dropped + pass.promoted == 0 && pass.why_not != -EAGAIN;
+		if (who == KSM_SCAN_ALL && idle) {
 			ksm_store_release(&scanner->peer->self->quiet_at, changes);
 			ksm_store_release(&scanner->peer->self->settled_seq, settle_seq);
 		}
@@ -214,13 +216,18 @@ int ksm_scan_pass(struct ksm_scanner *scanner, struct ksm_region *only, enum ksm
 int ksm_scan_exhaust(struct ksm_scanner *scanner, struct ksm_region *only, const struct ksm_scan_between *between,
 		     struct ksm_merge_counts *counts, uint64_t *passes)
 {
+	int retries = 8;
 	for (*passes = 0;;) {
 		uint64_t before = counts->merged + counts->dropped + counts->promoted;
 		int stop = ksm_scan_pass(scanner, only, KSM_SCAN_ALL, between, counts);
 		(*passes)++;
-		bool idle = counts->merged + counts->dropped + counts->promoted == before;
-		if (stop || (idle && *passes >= 2) || *passes >= 64)
+		if (stop)
 			return stop;
+		bool idle = counts->merged + counts->dropped + counts->promoted == before;
+		if (idle && counts->why_not == -EAGAIN && retries-- > 0 && !ksm_scan_know_peers(scanner))
+			continue;
+		if ((idle && *passes >= 2) || *passes >= 64)
+			return 0;
 	}
 }
 

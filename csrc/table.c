@@ -73,6 +73,15 @@ static bool insert_here(uint64_t *bucket, uint64_t word, bool (*is_stale)(void *
 	return false;
 }
 
+static bool is_there(const struct ksm_table *table, unsigned level, unsigned choice, uint64_t digest, uint64_t word)
+{
+	const uint64_t *bucket = ksm_table_bucket(table, level, choice, digest);
+	for (unsigned i = 0; bucket && i < KSM_TABLE_BUCKET; i++)
+		if (ksm_load_acquire(&bucket[i]) == word)
+			return true;
+	return false;
+}
+
 /* Empty words of a bucket. */
 static unsigned room_in(const struct ksm_table *table, unsigned level, unsigned choice, uint64_t digest)
 {
@@ -92,6 +101,8 @@ void ksm_table_insert(struct ksm_table *table, uint64_t digest, uint64_t word,
 			ksm_cas32_seqcst(table->levels_now, levels, levels + 1);
 			levels = KSM_MAX(ksm_table_levels(table), level + 1);
 		}
+		if (is_there(table, level, 0, digest, word) || is_there(table, level, 1, digest, word))
+			return;
 		/* Into the emptier one first: then a level is nearly full before anything overflows. */
 		unsigned first = room_in(table, level, 1, digest) > room_in(table, level, 0, digest);
 		for (unsigned n = 0; n < KSM_TABLE_CHOICES; n++)

@@ -195,7 +195,7 @@ def go_on(files, first, count):
     files.check()
     assert ksmalloc.settle(30, domain=domain).settled
     files.check()
-    assert own().merges - before >= count * 512, (before, own().merges)
+    assert own().merges - before >= count * 512, (before, own(), domain.peers)
     check()
     say("merged")
     files.write()

@@ -307,8 +307,8 @@ KIT void walk_all(const struct work *work, bool (*excluded)(const struct fault *
 			for (size_t i = 0; i < 2 * KSM_COUNT(fault_errors); i++) {
 				struct fault fault = {(enum ksm_os_call)call, number, i % 2 ? FAULT_ALWAYS : 1,
 						      fault_errors[i / 2]};
-				/* It is tried again for a while, whatever the error. */
-				bool slow = fault.call == KSM_OS_ADVISE && i % 2 && i / 2;
+				/* It is tried again for a while, whatever the error: once is enough. */
+				bool slow = fault.call == KSM_OS_ADVISE && i % 2 && (i / 2 || number);
 				if (!slow && (!excluded || !excluded(&fault)))
 					walk_start(&walk, &fault);
 			}

@@ -90,13 +90,15 @@ KIT const char *kit_directory(void)
 	if (path[0])
 		return path;
 	snprintf(path, sizeof(path), "/dev/shm/ksmtest-%d", (int)test);
-	int watched = (int)syscall(SYS_pidfd_open, test, 0);
+	int ready[2], watched = (int)syscall(SYS_pidfd_open, test, 0);
 	CHECK_SYS(watched);
+	CHECK_SYS(pipe(ready));
 	CHECK_SYS(mkdir(path, 0700));
 	janitor = fork();
 	CHECK_SYS(janitor);
 	if (janitor == 0) {
-		setsid();
+		setsid(); /* whoever kills the test's group does not mean this one */
+		CHECK_EQ(write(ready[1], "!", 1), 1);
 		dup2(watched, 0);
 		syscall(SYS_close_range, 1u, ~0u, 0);
 		poll(&(struct pollfd){.fd = 0, .events = POLLIN}, 1, -1);
@@ -105,6 +107,10 @@ KIT const char *kit_directory(void)
 		      (char *)NULL);
 		_exit(1);
 	}
+	char byte;
+	CHECK_EQ(read(ready[0], &byte, 1), 1);
+	close(ready[0]);
+	close(ready[1]);
 	close(watched);
 	return path;
 }

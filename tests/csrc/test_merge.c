@@ -338,6 +338,70 @@ TEST(huge_pages_are_merged_too)
 	members_leave(a);
 }
 
+/* ---- while threads write ------------------------------------------------------------------------------------------------ */
+
+#define FLICKERING 64 /* the second half of them zeros */
+
+struct flicker {
+	pthread_t thread;
+	char *field;
+	uint32_t stop;
+	uint64_t writes;
+};
+
+/* Each page is now one, now the other of two contents, both of which have frames: to merge what was there a moment ago is
+ * to lose a write. */
+static void *flicker(void *argument)
+{
+	struct flicker *self = argument;
+	uint64_t state = 1, expected[FLICKERING] = {0};
+	while (!ksm_load_relaxed(&self->stop)) {
+		uint64_t dice = kit_random(&state);
+		size_t page = dice % FLICKERING;
+		volatile uint64_t *at = (uint64_t *)kit_page(self->field, page);
+		if (*at != expected[page])
+			FAIL("a write to page %zu was lost: %llu", page, (unsigned long long)*at);
+		*at = expected[page] = dice >> 63;
+		ksm_add_relaxed(&self->writes, 1);
+		if (dice >> 32 & 1) /* sometimes slowly */
+			ksm_os_sleep_ns(1000);
+	}
+	return NULL;
+}
+
+TEST_LIMIT(what_flickers_is_merged_as_it_is_now, 30)
+{
+	if (!kit_can_merge())
+		return;
+	struct ksm_member *a = members_join("d");
+	struct ksm_region *regions[3];
+	struct flicker self = {0};
+	for (uint64_t i = 0; i < 3; i++) { /* one content, the other, and the one that flickers */
+		char *at = kit_map(FLICKERING);
+		for (size_t page = 0; page < FLICKERING; page++) {
+			kit_fill(kit_page(at, page), page < FLICKERING / 2 ? 1 + page : 0);
+			*(uint64_t *)kit_page(at, page) = i == 1;
+		}
+		regions[i] = members_region(a, at, FLICKERING);
+		self.field = at;
+	}
+	members_merge(a);
+	CHECK_EQ(pthread_create(&self.thread, NULL, flicker, &self), 0);
+	uint64_t merges = members_counter(a, KSM_MERGES);
+	for (double until = harness_now() + 1.5; harness_now() < until;) {
+		struct ksm_restore_counts counts = {0};
+		members_pass(a);
+		CHECK_EQ(ksm_scan_restore(&a->scanner, regions[2], true, NULL, &counts), 0);
+	}
+	ksm_store_release(&self.stop, 1);
+	pthread_join(self.thread, NULL);
+	CHECK_GT(members_counter(a, KSM_MERGES), merges + 100);
+	CHECK_GT(members_counter(a, KSM_ZERO_MERGES), 100);
+	CHECK_GT(members_counter(a, KSM_PUT_BACKS), 0);
+	CHECK_GT(self.writes, 1000);
+	members_leave(a);
+}
+
 TEST_LIMIT(nothing_is_lost_while_threads_write, 30)
 {
 	if (!kit_can_merge())

@@ -12,6 +12,7 @@ static uint32_t levels_now = 1;
 static void create(void)
 {
 	table.words = calloc(ksm_table_words(LEVELS), sizeof(uint64_t));
+	table.touched = calloc(1 + ksm_table_words(LEVELS) * 8 / KSM_PAGE_SIZE / 64, sizeof(uint64_t));
 	table.levels_now = &levels_now;
 	table.levels_max = LEVELS;
 }
@@ -33,6 +34,8 @@ static unsigned times_there(uint64_t digest, uint64_t word)
 	for (unsigned level = 0; level < ksm_table_levels(&table); level++) {
 		for (unsigned choice = 0; choice < KSM_TABLE_CHOICES; choice++) {
 			uint64_t *bucket = ksm_table_bucket(&table, level, choice, digest);
+			if (!bucket) /* nothing was ever there */
+				continue;
 			CHECK(bucket >= table.words &&
 			      bucket + KSM_TABLE_BUCKET <= table.words + ksm_table_words(LEVELS));
 			for (unsigned i = 0; i < KSM_TABLE_BUCKET; i++)
