@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 
 import ksmalloc
 
@@ -25,7 +26,10 @@ def main() -> None:
             assert report.pages_merged == 2 * NBYTES // stats.page_size, report
             assert stats.pages_sharing == NBYTES // stats.page_size, stats
 
-        child = os.fork()
+        with warnings.catch_warnings(record=True) as caught:  # Python warns of threads at a fork
+            warnings.simplefilter("always")
+            child = os.fork()
+        assert caught == [], caught
         if child == 0:
             memoryview(second)[:5] = b"child"
             os._exit(bytes(first) != data or bytes(second) != b"child" + data[5:])
