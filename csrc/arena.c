@@ -17,6 +17,8 @@
 
 #include "atomic.h"
 #include "error.h"
+#include "freeze.h"
+#include "handler.h"
 #include "os.h"
 
 #include <errno.h>
@@ -50,6 +52,10 @@ static void area_destroy(struct ksm_area *area)
 	if (area->base)
 		munmap(area->base, area->room << KSM_PAGE_SHIFT);
 	ksm_spans_fini(&area->spans);
+	for (struct ksm_hold *hold = area->region.holds, *next; hold; hold = next) { /* of threads a fork left behind */
+		next = hold->next;
+		free(hold);
+	}
 	ksm_region_fini(&area->region);
 	free(area);
 }
@@ -78,6 +84,7 @@ static int area_create(struct ksm_arena *arena, struct ksm_half *half, size_t le
 	ksm_os_advise(area->base, area->room << KSM_PAGE_SHIFT, MADV_NOHUGEPAGE);
 	if (half->mergeable) {
 		area->region.background = arena->background;
+		area->region.sigsegv = arena->sigsegv;
 		area->region.excluded = arena->excluded;
 		ksm_merge_lock(peer);
 		ksm_scanner_add(ksm_domain_scanner(domain), &area->region);
@@ -96,8 +103,8 @@ static int commit(struct ksm_area *area, size_t pages)
 	if (pages <= area->committed)
 		return 0;
 	size_t target = KSM_MIN((pages + COMMIT_PAGES - 1) / COMMIT_PAGES * COMMIT_PAGES, area->room);
-	int r = ksm_os_protect_rw(area->base + (area->committed << KSM_PAGE_SHIFT), (target - area->committed)
-											    << KSM_PAGE_SHIFT);
+	size_t nbytes = (target - area->committed) << KSM_PAGE_SHIFT;
+	int r = ksm_os_protect(area->base + (area->committed << KSM_PAGE_SHIFT), nbytes, true);
 	if (!r)
 		area->committed = target;
 	return r;
@@ -146,13 +153,16 @@ static void renew_pages(struct ksm_arena *arena, struct ksm_half *half, struct k
 	}
 	ksm_merge_lock(peer);
 	for (size_t i = 0; i < pages && !framed; i++)
-		framed = ksm_region_frame(region, page + i) != KSM_NO_FRAME;
+		framed = ksm_region_frame(region, page + i) != KSM_NO_FRAME ||
+			 (region->guard && ksm_guard_get(region->guard, page + i) != KSM_GUARD_OPEN);
 	bool fresh =
 		framed ? !ksm_os_map_anon(at, nbytes, true, false, NULL) : !ksm_os_advise(at, nbytes, MADV_DONTNEED);
 	if (framed && fresh)
 		ksm_os_advise(at, nbytes, MADV_NOHUGEPAGE);
 	if (fresh) {
 		ksm_region_forget(region, page, pages);
+		if (framed && region->guard)
+			ksm_guard_set(region->guard, page, pages, KSM_GUARD_OPEN);
 	} else { /* the mappings stay, and with them the references; their contents may be anything that reads as zero */
 		memset(at, 0, nbytes);
 		ksm_count(peer->self, KSM_FAILURES, 1);
@@ -169,18 +179,35 @@ static void give_pages(struct ksm_arena *arena, struct ksm_half *half, struct ks
 	pthread_mutex_unlock(&arena->domain->memory);
 }
 
+struct ksm_area *ksm_arena_area_of(struct ksm_arena *arena, const void *at, size_t nbytes, bool *mergeable)
+{
+	for (size_t i = 0; i < KSM_COUNT(arena->halves); i++)
+		for (struct ksm_area *area = arena->halves[i].areas; area; area = area->next) {
+			size_t offset = (size_t)((const char *)at - area->base);
+			size_t used = ksm_load_relaxed(&area->region.used) << KSM_PAGE_SHIFT;
+			*mergeable = arena->halves[i].mergeable;
+			if ((const char *)at >= area->base && offset < used && nbytes <= used - offset)
+				return area;
+		}
+	return NULL;
+}
+
 /* ---- life ------------------------------------------------------------------------------------------------------ */
 
 int ksm_arena_create(struct ksm_domain *domain, unsigned flags, struct ksm_arena **out)
 {
-	if (flags & ~KSM_ARENA_NO_SCAN)
+	if (flags & ~(KSM_ARENA_NO_SCAN | KSM_ARENA_SIGSEGV))
 		return -EINVAL;
+	int r = flags & KSM_ARENA_SIGSEGV ? ksm_handler_install() : 0;
+	if (r)
+		return r;
 	struct ksm_arena *arena = calloc(1, sizeof(*arena));
 	if (!arena)
 		return -ENOMEM;
 	arena->domain = domain;
 	arena->references = 1;
 	arena->background = !(flags & KSM_ARENA_NO_SCAN);
+	arena->sigsegv = flags & KSM_ARENA_SIGSEGV;
 	arena->halves[0].mergeable = true;
 	ksm_domain_get(domain);
 	*out = arena;
@@ -368,7 +395,7 @@ int ksm_arena_unmerge(struct ksm_arena *arena, uint64_t *unmerged, uint64_t *bro
 	int r = 0;
 	exclude(arena, true);
 	for (struct ksm_area *area = arena->halves[0].areas; area && !r; area = area->next)
-		r = ksm_domain_restore_region(arena->domain, &area->region, false, &counts);
+		r = ksm_domain_restore_region(arena->domain, &area->region, KSM_RESTORE_PARKED, &counts);
 	if (unmerged)
 		*unmerged = counts.restored;
 	if (broken)
@@ -387,11 +414,14 @@ int ksm_arena_stats(struct ksm_arena *arena, struct ksm_arena_stats *out)
 	out->allocated_bytes = arena->bytes;
 	out->pages = arena->pages;
 	out->scan = arena->background;
+	out->sigsegv = arena->sigsegv;
 	ksm_merge_lock(peer);
 	for (struct ksm_area *area = arena->halves[0].areas; area; area = area->next) {
 		out->pages_merged += area->region.states[KSM_PAGE_MERGED];
 		out->pages_broken += area->region.states[KSM_PAGE_BROKEN];
 		out->pages_zero += area->region.states[KSM_PAGE_DROPPED];
+		out->pages_frozen += ksm_frozen_count(&area->region);
+		out->cow_breaks += area->region.guard ? ksm_load_relaxed(&area->region.guard->breaks) : 0;
 	}
 	ksm_merge_unlock(peer);
 	pthread_mutex_unlock(&arena->domain->memory);

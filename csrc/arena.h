@@ -31,9 +31,13 @@ struct ksm_arena {
 	uint64_t references;
 	bool closed;
 	bool background;
+	bool sigsegv;
 	bool excluded; /* unmerged by name: its areas too, and those to come */
 	struct ksm_half halves[2];
 	uint64_t blocks, bytes, pages;
 };
+
+/* Pages of a live area, or NULL: [at, at + nbytes) lies in no area's handed-out part. Memory lock held. */
+struct ksm_area *ksm_arena_area_of(struct ksm_arena *arena, const void *at, size_t nbytes, bool *mergeable);
 
 #endif

@@ -18,6 +18,7 @@
 #define ksm_add_seqcst(p, v) __atomic_fetch_add((p), (v), __ATOMIC_SEQ_CST)
 #define ksm_or_release(p, v) __atomic_fetch_or((p), (v), __ATOMIC_RELEASE)
 #define ksm_and_release(p, v) __atomic_fetch_and((p), (v), __ATOMIC_RELEASE)
+#define ksm_sub_seqcst(p, v) __atomic_fetch_sub((p), (v), __ATOMIC_SEQ_CST)
 #define ksm_or_seqcst(p, v) __atomic_fetch_or((p), (v), __ATOMIC_SEQ_CST)
 #define ksm_and_seqcst(p, v) __atomic_fetch_and((p), (v), __ATOMIC_SEQ_CST)
 #define ksm_exchange_acqrel(p, v) __atomic_exchange_n((p), (v), __ATOMIC_ACQ_REL)

@@ -16,16 +16,18 @@
 #include <errno.h>
 #include <string.h>
 
-const struct ksm_barrier_ops *const ksm_barriers[] = {&ksm_barrier_move, NULL};
+const struct ksm_barrier_ops *const ksm_barriers[] = {&ksm_barrier_move, &ksm_barrier_stop, &ksm_barrier_segv, NULL};
 
-int ksm_barrier_create_from(struct ksm_barrier *barrier, enum ksm_barrier_kind kind, int uffd)
+int ksm_barrier_create(struct ksm_barrier *barrier, enum ksm_barrier_kind kind, struct ksm_park *park, int uffd)
 {
 	int error = -ENOSYS;
 	for (size_t i = 0; ksm_barriers[i]; i++) {
-		if (kind != KSM_BARRIER_AUTO && ksm_barriers[i]->kind != kind)
+		enum ksm_barrier_kind this = ksm_barriers[i]->kind;
+		if (kind == KSM_BARRIER_AUTO ? this == KSM_BARRIER_SEGV : this != kind)
 			continue;
 		memset(barrier, 0, sizeof(*barrier));
-		barrier->uffd = uffd;
+		barrier->park = park;
+		barrier->uffd = this == KSM_BARRIER_MOVE ? uffd : -1;
 		int r = ksm_barriers[i]->create(barrier);
 		if (!r) {
 			barrier->ops = ksm_barriers[i];
@@ -36,12 +38,8 @@ int ksm_barrier_create_from(struct ksm_barrier *barrier, enum ksm_barrier_kind k
 	}
 	memset(barrier, 0, sizeof(*barrier));
 	barrier->uffd = -1;
+	barrier->error = error;
 	return error;
-}
-
-int ksm_barrier_create(struct ksm_barrier *barrier, enum ksm_barrier_kind kind)
-{
-	return ksm_barrier_create_from(barrier, kind, -1);
 }
 
 void ksm_barrier_destroy(struct ksm_barrier *barrier)
@@ -55,28 +53,29 @@ int ksm_window_open(struct ksm_barrier *barrier, char *at, size_t pages)
 {
 	ksm_assert(barrier->pages == 0 && pages > 0);
 	if (!barrier->ops)
-		return -ENOSYS;
+		return barrier->error ? barrier->error : -ENOSYS;
 	memset(barrier->fate, KSM_WINDOW_OUT, sizeof(barrier->fate));
 	int r = barrier->ops->open(barrier, at, KSM_MIN(pages, (size_t)KSM_WINDOW_PAGES));
 	ksm_assert(r ? barrier->pages == 0 : barrier->pages > 0 && barrier->pages <= pages);
 	return r;
 }
 
-int ksm_window_map(struct ksm_barrier *barrier, size_t page, size_t count, int store, uint64_t offset)
+int ksm_window_map(struct ksm_barrier *barrier, size_t page, size_t count, int store, uint64_t offset, bool writable)
 {
 	ksm_assert(page + count <= barrier->pages);
-	int r = barrier->ops->map(barrier, page, count, store, offset);
+	int r = barrier->ops->map(barrier, page, count, store, offset, writable);
 	if (!r)
 		memset(barrier->fate + page, KSM_WINDOW_MAPPED, count);
 	return r;
 }
 
-void ksm_window_drop(struct ksm_barrier *barrier, size_t page, size_t count)
+int ksm_window_drop(struct ksm_barrier *barrier, size_t page, size_t count)
 {
 	ksm_assert(page + count <= barrier->pages);
-	if (barrier->ops->drop)
-		barrier->ops->drop(barrier, page, count);
-	memset(barrier->fate + page, KSM_WINDOW_DROPPED, count);
+	int r = barrier->ops->drop ? barrier->ops->drop(barrier, page, count) : 0;
+	if (!r)
+		memset(barrier->fate + page, KSM_WINDOW_DROPPED, count);
+	return r;
 }
 
 unsigned ksm_window_close(struct ksm_barrier *barrier)

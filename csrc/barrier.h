@@ -22,20 +22,24 @@ enum ksm_window_page {
 };
 
 struct ksm_barrier;
+struct ksm_park;
 
 struct ksm_barrier_ops {
 	const char *name;
 	enum ksm_barrier_kind kind;
+	bool in_place; /* pages are not taken out: a window may as well cover pages that will only be put back */
+	bool shared;   /* pages shared with another process by a fork can be had, too */
 	/* Can it work in this process? 0: it is ready. -EPERM, -EACCES: not allowed; -ENOSYS, -EINVAL: kernel too old. */
 	int (*create)(struct ksm_barrier *barrier);
 	void (*destroy)(struct ksm_barrier *barrier);
 	/* 0: barrier->at, pages and view are set, pages maybe fewer than asked for, at least one. -EBUSY: the first page
 	 * cannot be had (pinned, shared by fork). After an error the pages are as they were. */
 	int (*open)(struct ksm_barrier *barrier, char *at, size_t pages);
-	/* Map `count` pages from `page` of the window to the store. On error they are still in the window. */
-	int (*map)(struct ksm_barrier *barrier, size_t page, size_t count, int store, uint64_t offset);
-	/* Leave them empty: they read as zeros. */
-	void (*drop)(struct ksm_barrier *barrier, size_t page, size_t count);
+	/* Map `count` pages from `page` of the window to the store, which holds the same bytes. On error they are still in
+	 * the window. */
+	int (*map)(struct ksm_barrier *barrier, size_t page, size_t count, int store, uint64_t offset, bool writable);
+	/* Leave them empty: they read as zeros (and are). On error they are still in the window. NULL: nothing to do. */
+	int (*drop)(struct ksm_barrier *barrier, size_t page, size_t count);
 	/* Returns the number of calls that failed and were made good. Loses nothing, or does not return. */
 	unsigned (*close)(struct ksm_barrier *barrier);
 	/* Keep stores away from pages mapped to frames without moving them, and let go again (nothing replaced). */
@@ -45,31 +49,38 @@ struct ksm_barrier_ops {
 
 struct ksm_barrier {
 	const struct ksm_barrier_ops *ops; /* NULL: none works */
+	int error;                         /* then: why the best one does not */
 	/* of the open window */
 	char *at;
 	size_t pages;
 	const char *view;               /* the pages' bytes, exact and unchanging while it is open */
 	uint8_t fate[KSM_WINDOW_PAGES]; /* enum ksm_window_page */
 	/* of the implementation */
+	struct ksm_park *park; /* the scanner's; NULL: no barrier that needs one */
 	int uffd;
 	char *scratch;
 	bool tainted; /* the descriptor is to be replaced when the window is closed */
+	uint8_t was[KSM_WINDOW_PAGES]; /* segv: what the guards said before */
 };
 
 extern const struct ksm_barrier_ops ksm_barrier_move;
+extern const struct ksm_barrier_ops ksm_barrier_stop;
+extern const struct ksm_barrier_ops ksm_barrier_segv;
 
 /* Every barrier there is, best first, NULL at the end. */
 extern const struct ksm_barrier_ops *const ksm_barriers[];
 
-/* Choose and prepare one. AUTO: the best that works, else none (returns its error, ops is NULL). */
-int ksm_barrier_create(struct ksm_barrier *barrier, enum ksm_barrier_kind kind);
+/*
+ * Choose and prepare one. AUTO: "move", else "stop", else none (ops is NULL; returns the reason of the best).
+ * park: the scanner's, for barriers that hold threads (NULL: there is none). uffd: a descriptor that was made before,
+ * where a new one is not allowed any more, taken over; -1: none.
+ */
+int ksm_barrier_create(struct ksm_barrier *barrier, enum ksm_barrier_kind kind, struct ksm_park *park, int uffd);
 void ksm_barrier_destroy(struct ksm_barrier *barrier);
-/* Take over a descriptor that was made before, where a new one is not allowed any more; -1: none. */
-int ksm_barrier_create_from(struct ksm_barrier *barrier, enum ksm_barrier_kind kind, int uffd);
 
 int ksm_window_open(struct ksm_barrier *barrier, char *at, size_t pages);
-int ksm_window_map(struct ksm_barrier *barrier, size_t page, size_t count, int store, uint64_t offset);
-void ksm_window_drop(struct ksm_barrier *barrier, size_t page, size_t count);
+int ksm_window_map(struct ksm_barrier *barrier, size_t page, size_t count, int store, uint64_t offset, bool writable);
+int ksm_window_drop(struct ksm_barrier *barrier, size_t page, size_t count);
 unsigned ksm_window_close(struct ksm_barrier *barrier);
 
 #endif

@@ -221,9 +221,9 @@ static int move_open(struct ksm_barrier *barrier, char *at, size_t pages)
 	return have < pages ? let_tail_go(barrier, pages) : 0;
 }
 
-static int move_map(struct ksm_barrier *barrier, size_t page, size_t count, int store, uint64_t offset)
+static int move_map(struct ksm_barrier *barrier, size_t page, size_t count, int store, uint64_t offset, bool writable)
 {
-	return ksm_os_map_frames(barrier->at + bytes(page), bytes(count), store, offset);
+	return ksm_os_map_frames(barrier->at + bytes(page), bytes(count), store, offset, writable);
 }
 
 static unsigned move_close(struct ksm_barrier *barrier)

@@ -37,14 +37,17 @@ static bool is_same(const struct ksm_domain *domain, const struct ksm_domain_opt
 }
 
 /* The same membership under other wishes. */
-static int check_wishes(const struct ksm_domain *domain, const struct ksm_domain_options *options)
+static int check_wishes(struct ksm_domain *domain, const struct ksm_domain_options *options)
 {
-	const struct ksm_member *member = &domain->worker.member;
+	struct ksm_member *member = &domain->worker.member;
 	if ((uint32_t)options->backing != member->backing)
 		return KSM_EBACKING;
 	if (options->barrier == KSM_BARRIER_AUTO || !member->peer.self)
 		return 0;
-	return ksm_load_relaxed(&member->peer.self->barrier) == options->barrier ? 0 : KSM_EBARRIER;
+	ksm_merge_lock(&member->peer);
+	int barrier = ksm_load_relaxed(&member->peer.self->barrier);
+	ksm_merge_unlock(&member->peer);
+	return barrier == options->barrier ? 0 : KSM_EBARRIER;
 }
 
 static int make(const struct ksm_domain_options *options, struct ksm_domain **out)
@@ -74,7 +77,7 @@ int ksm_domain_attach(const struct ksm_domain_options *options, struct ksm_domai
 	if (!options)
 		options = &defaults;
 	if ((options->name && strlen(options->name) > KSM_NAME_MAX) || options->barrier < 0 ||
-	    options->barrier > KSM_BARRIER_MOVE || options->backing < 0 || options->backing > KSM_BACKING_SHM)
+	    options->barrier > KSM_BARRIER_SEGV || options->backing < 0 || options->backing > KSM_BACKING_SHM)
 		return -EINVAL;
 	if (options->path && strlen(options->path) + KSM_NAME_MAX + 2 > KSM_PATH_ROOM)
 		return -ENAMETOOLONG;
@@ -130,7 +133,11 @@ void ksm_domain_detach(struct ksm_domain *domain)
 
 void ksm_domain_id(struct ksm_domain *domain, char out[33])
 {
-	const uint8_t *id = ksm_domain_peer(domain)->control->id;
+	struct ksm_peer *peer = ksm_domain_peer(domain);
+	uint8_t id[16];
+	ksm_merge_lock(peer); /* the membership may be moving to another user's domain */
+	memcpy(id, peer->control->id, sizeof(id));
+	ksm_merge_unlock(peer);
 	for (size_t i = 0; i < 16; i++) {
 		out[2 * i] = "0123456789abcdef"[id[i] >> 4];
 		out[2 * i + 1] = "0123456789abcdef"[id[i] & 15];
@@ -143,11 +150,27 @@ const char *ksm_domain_directory(struct ksm_domain *domain)
 	return domain->worker.member.directory;
 }
 
+bool ksm_domains_overlap(const void *at, size_t nbytes)
+{
+	bool overlaps = false;
+	pthread_mutex_lock(&list_lock);
+	for (struct ksm_domain *domain = list; domain && !overlaps; domain = domain->next) {
+		ksm_merge_lock(ksm_domain_peer(domain));
+		overlaps = ksm_scanner_overlaps(ksm_domain_scanner(domain), at, nbytes);
+		ksm_merge_unlock(ksm_domain_peer(domain));
+	}
+	pthread_mutex_unlock(&list_lock);
+	return overlaps;
+}
+
 /* ---- statistics --------------------------------------------------------------------------------------------- */
 
 int ksm_domain_self_stats(struct ksm_domain *domain, struct ksm_stats *out)
 {
-	ksm_stats_of_slot(ksm_domain_peer(domain)->self, out);
+	struct ksm_peer *peer = ksm_domain_peer(domain);
+	ksm_merge_lock(peer);
+	ksm_stats_of_slot(peer->self, out);
+	ksm_merge_unlock(peer);
 	if (domain->worker.member.lost)
 		out->why_not = KSM_ELOST;
 	return 0;
@@ -187,6 +210,8 @@ static int collect(struct ksm_member *member, void *context)
 	struct peers_request *request = context;
 	struct ksm_peer *peer = &member->peer;
 	ksm_count_set(peer->self, KSM_METADATA_BYTES, ksm_scan_metadata(&member->scanner));
+	ksm_count_set(peer->self, KSM_STOPS, member->scanner.park.stops);
+	ksm_scanner_count_breaks(&member->scanner);
 	ksm_scan_know_peers(&member->scanner); /* whoever cannot be asked is counted all the same */
 	for (size_t i = 0; i < peer->living_count; i++) {
 		const struct ksm_slot *slot = ksm_peer_slot(peer, peer->living[i]);
@@ -231,11 +256,10 @@ int ksm_domain_peers(struct ksm_domain *domain, struct ksm_peer_info *out, size_
 
 struct scan_request {
 	struct ksm_region *region;
-	bool broken_too;
+	enum ksm_restore_broken broken;
 	struct ksm_report *report;
 	struct ksm_restore_counts *restored;
 	uint64_t freed;
-	bool settled;
 };
 
 static int scan(struct ksm_member *member, void *context)
@@ -253,7 +277,7 @@ static int scan(struct ksm_member *member, void *context)
 		.frames_written = counts.promoted,
 		.passes = passes,
 		.seconds = (double)(ksm_os_now_ns() - start) / 1e9,
-		.why_not = member->scanner.barrier.ops ? counts.why_not : member->peer.self->why_not,
+		.why_not = counts.why_not,
 	};
 	return r ? -ECANCELED : 0;
 }
@@ -289,13 +313,13 @@ static int restore(struct ksm_member *member, void *context)
 {
 	struct scan_request *request = context;
 	struct ksm_scan_between hook = ksm_worker_between(member);
-	return ksm_scan_restore(&member->scanner, request->region, request->broken_too, &hook, request->restored);
+	return ksm_scan_restore(&member->scanner, request->region, request->broken, &hook, request->restored);
 }
 
-int ksm_domain_restore_region(struct ksm_domain *domain, struct ksm_region *region, bool broken_too,
+int ksm_domain_restore_region(struct ksm_domain *domain, struct ksm_region *region, enum ksm_restore_broken broken,
 			      struct ksm_restore_counts *out)
 {
-	struct scan_request request = {.region = region, .broken_too = broken_too, .restored = out};
+	struct scan_request request = {.region = region, .broken = broken, .restored = out};
 	return ksm_worker_call(&domain->worker, restore, &request);
 }
 
@@ -319,72 +343,6 @@ int ksm_domain_sweep(struct ksm_domain *domain, uint64_t *freed)
 	if (!r && freed)
 		*freed = request.freed;
 	return r;
-}
-
-/* ---- settling -------------------------------------------------------------------------------------------------- */
-
-static int settle_begin(struct ksm_member *member, void *context KSM_UNUSED)
-{
-	ksm_add_seqcst(&member->peer.control->settle_seq, 1);
-	ksm_add_seqcst(&member->peer.control->settle_beats, 1);
-	return 0;
-}
-
-static int settle_check(struct ksm_member *member, void *context)
-{
-	struct scan_request *request = context;
-	struct ksm_peer *peer = &member->peer;
-	bool wake = request->broken_too; /* here: remind those that are behind */
-	request->settled = true;
-	if (wake)
-		ksm_add_seqcst(&peer->control->settle_beats, 1);
-	ksm_scan_know_peers(&member->scanner);
-	uint64_t seq = ksm_load_seqcst(&peer->control->settle_seq);
-	uint64_t changes = ksm_load_seqcst(&peer->control->changes);
-	for (size_t i = 0; i < peer->living_count; i++) {
-		struct ksm_slot *slot = ksm_peer_slot(peer, peer->living[i]);
-		if (ksm_load_acquire(&slot->quiet_at) == changes && ksm_load_acquire(&slot->settled_seq) == seq)
-			continue;
-		request->settled = false;
-		if (wake && slot != peer->self)
-			ksm_exchange_wake(peer, peer->living[i]);
-	}
-	return 0;
-}
-
-int ksm_domain_settle(struct ksm_domain *domain, uint32_t timeout_ms, int again, struct ksm_report *out)
-{
-	struct ksm_stats before, now;
-	struct scan_request request = {.broken_too = true};
-	uint64_t start = ksm_os_now_ns(), deadline = start + timeout_ms * 1000000ull, reminded = 0;
-	int r = ksm_domain_stats(domain, &before);
-	if (!r && !again)
-		r = ksm_worker_call(&domain->worker, settle_begin, NULL);
-	while (!r) {
-		uint64_t t = ksm_os_now_ns();
-		request.broken_too = t - reminded > 500000000u;
-		if (request.broken_too)
-			reminded = t;
-		r = ksm_worker_call(&domain->worker, settle_check, &request);
-		if (r || request.settled || t >= deadline)
-			break;
-		ksm_os_sleep_ns(3000000);
-	}
-	if (!r)
-		r = ksm_domain_stats(domain, &now);
-	if (r)
-		return r;
-	*out = (struct ksm_report){
-		.pages_scanned = now.pages_scanned - KSM_MIN(before.pages_scanned, now.pages_scanned),
-		.pages_merged = now.merges - KSM_MIN(before.merges, now.merges),
-		.zero_pages = now.ksm_zero_pages - KSM_MIN(before.ksm_zero_pages, now.ksm_zero_pages),
-		.frames_written = now.promotions - KSM_MIN(before.promotions, now.promotions),
-		.passes = now.full_scans - KSM_MIN(before.full_scans, now.full_scans),
-		.seconds = (double)(ksm_os_now_ns() - start) / 1e9,
-		.settled = request.settled,
-		.why_not = domain->worker.settings.run ? now.why_not : KSM_ESTOPPED,
-	};
-	return 0;
 }
 
 /* ---- the process ---------------------------------------------------------------------------------------------------- */
@@ -422,5 +380,7 @@ void ksm_domains_fork_child(void)
 		ksm_worker_fork_child(&domain->worker);
 		pthread_mutex_init(&domain->memory, NULL);
 	}
+	ksm_park_fork_child();
+	ksm_guards_fork_child();
 	pthread_mutex_init(&list_lock, NULL);
 }

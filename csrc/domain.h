@@ -28,10 +28,13 @@ static inline struct ksm_scanner *ksm_domain_scanner(struct ksm_domain *domain)
 	return &domain->worker.member.scanner;
 }
 
+/* Does a region of any domain of this process overlap [at, at + nbytes)? */
+bool ksm_domains_overlap(const void *at, size_t nbytes);
+
 /* Scan one region (NULL: all), restore one: in the scanner's thread, waited for. */
 int ksm_domain_scan_region(struct ksm_domain *domain, struct ksm_region *region, struct ksm_report *out);
 int ksm_domain_see_breaks(struct ksm_domain *domain, struct ksm_region *region);
-int ksm_domain_restore_region(struct ksm_domain *domain, struct ksm_region *region, bool broken_too,
+int ksm_domain_restore_region(struct ksm_domain *domain, struct ksm_region *region, enum ksm_restore_broken broken,
 			      struct ksm_restore_counts *out);
 
 /* Start all scanners that are not running. */

@@ -93,10 +93,7 @@ int ksm_region_register(struct ksm_domain *domain, void *address, size_t nbytes,
 	struct ksm_peer *peer = ksm_domain_peer(domain);
 	if (to <= from || (uintptr_t)address + nbytes < (uintptr_t)address)
 		return KSM_ESMALL;
-	ksm_merge_lock(peer);
-	bool overlaps = ksm_scanner_overlaps(ksm_domain_scanner(domain), (void *)from, to - from);
-	ksm_merge_unlock(peer);
-	if (overlaps)
+	if (ksm_domains_overlap((void *)from, to - from))
 		return KSM_EOVERLAP;
 	int r = ksm_foreign_check((void *)from, to - from);
 	if (r)
@@ -113,7 +110,7 @@ int ksm_region_register(struct ksm_domain *domain, void *address, size_t nbytes,
 	region->registered = true;
 	region->used = region->room;
 	ksm_merge_lock(peer);
-	overlaps = ksm_scanner_overlaps(ksm_domain_scanner(domain), (void *)from, to - from);
+	bool overlaps = ksm_scanner_overlaps(ksm_domain_scanner(domain), (void *)from, to - from);
 	if (!overlaps)
 		ksm_scanner_add(ksm_domain_scanner(domain), region);
 	ksm_merge_unlock(peer);
@@ -141,7 +138,7 @@ int ksm_region_unregister(struct ksm_region *region)
 	bool framed = region->states[KSM_PAGE_MERGED] + region->states[KSM_PAGE_BROKEN] > 0;
 	ksm_merge_unlock(peer);
 	if (framed)
-		r = ksm_domain_restore_region(domain, region, true, &counts);
+		r = ksm_domain_restore_region(domain, region, KSM_RESTORE_ALWAYS, &counts);
 	ksm_merge_lock(peer);
 	framed = region->states[KSM_PAGE_MERGED] + region->states[KSM_PAGE_BROKEN] > 0;
 	if (framed) { /* FOREIGN-2 */

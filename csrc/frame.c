@@ -17,7 +17,8 @@
  *          must not give away what somebody has mapped, nor what somebody else is about to write.
  * FRAME-2. The bytes of a frame are written only between FREE→ALLOC and ALLOC→PUBLISHED, by its owner.
  * FRAME-3. Nothing about a frame is believed between setting the bit and reading the cell after a full fence.
- * FRAME-4. A process that is not dumpable by its own choice publishes nothing.
+ * FRAME-4. A process that is not dumpable by its own choice publishes nothing. One that has changed its user since its
+ *          program was started (a server that drops root) is not dumpable by the kernel's: that one may.
  *
  * Death: an ALLOC of a dead owner is found by the sweep (the cell names slot and slot epoch); a set bit of a
  * dead peer counts no longer.
@@ -33,6 +34,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sys/auxv.h>
+#include <unistd.h>
 
 /* Frames at the end of the store that one peer reserves at a time by moving frames_high. */
 #define STRETCH 512u
@@ -112,9 +115,16 @@ static bool allocate_anywhere(struct ksm_peer *peer, ksm_frameno *out)
 	return false;
 }
 
+static bool hides_itself(void)
+{
+	if (ksm_os_dumpable() == 1)
+		return false;
+	return getauxval(AT_SECURE) || (getauxval(AT_EUID) == geteuid() && getauxval(AT_EGID) == getegid());
+}
+
 int ksm_frame_alloc(struct ksm_peer *peer, ksm_frameno want, ksm_frameno *out)
 {
-	if (ksm_os_dumpable() != 1)
+	if (hides_itself())
 		return KSM_EDUMPABLE; /* FRAME-4 */
 	int r = ksm_peer_refresh_if_changed(peer);
 	if (r)

@@ -47,8 +47,17 @@ enum ksm_backing {
 
 enum ksm_barrier_kind {
 	KSM_BARRIER_AUTO = 0, /* the best that works here; none is no error: then nothing merges and why_not says so */
-	KSM_BARRIER_MOVE = 1, /* UFFDIO_MOVE; asking for it by name and not getting it is an error */
+	/* asking for one by name and not getting it is an error */
+	KSM_BARRIER_MOVE = 1, /* UFFDIO_MOVE */
+	KSM_BARRIER_STOP = 2, /* every thread is held by a signal */
+	KSM_BARRIER_SEGV = 3, /* mprotect and a SIGSEGV handler; chosen by AUTO it merges frozen memory only */
 	KSM_BARRIER_NONE = -1,
+};
+
+enum ksm_tracking { /* how written pages are found */
+	KSM_TRACKING_NONE = 0,
+	KSM_TRACKING_PAGEMAP = 1, /* /proc/self/pagemap says which pages are broken; a digest, which are cold */
+	KSM_TRACKING_DIGEST = 2,  /* no pagemap (not dumpable): pages are compared with their frames */
 };
 
 struct ksm_domain_options {
@@ -90,9 +99,12 @@ struct ksm_stats {
 	uint64_t pages_merged;   /* pages mapped to frames now, unbroken: pages_shared + pages_sharing */
 	uint64_t merges;         /* pages merged, ever */
 	uint64_t promotions;     /* frames written, ever */
-	uint64_t cow_breaks;     /* merged pages found broken by a write, ever */
+	uint64_t cow_breaks;     /* merged pages broken by a write, ever; exact where our handler breaks them */
 	uint64_t put_backs;      /* pages whose window closed without a merge, ever */
 	uint64_t failures;       /* system calls that failed inside a merge and were recovered, ever */
+	uint64_t give_backs;     /* broken pages given anonymous memory again, ever */
+	uint64_t stops;          /* times all threads were held, ever */
+	uint64_t suspensions;    /* times our SIGSEGV handler was found displaced or masked, ever */
 	uint64_t vmas_used;      /* mappings that merging costs this process now (domain: the sum) */
 	uint64_t vma_budget;     /* how many it may (domain: the sum) */
 	uint64_t saved_bytes;    /* pages_sharing in bytes */
@@ -103,6 +115,31 @@ struct ksm_stats {
 	int32_t barrier; /* enum ksm_barrier_kind of this process */
 	int32_t why_not; /* 0, or the code of what keeps this process from merging */
 };
+
+#define KSM_WHY_MAX 128
+
+/* What this process may do here, and why not more. Codes: 0 (works), or why it does not. */
+struct ksm_capabilities {
+	int32_t barrier;      /* enum ksm_barrier_kind: in force */
+	int32_t tracking;     /* enum ksm_tracking: in force */
+	int32_t move;         /* the barrier "move": -EPERM, -EACCES, -ENOENT: no userfaultfd; -EINVAL: kernel too old */
+	int32_t uffd_device;  /* opening /dev/userfaultfd */
+	int32_t uffd_call;    /* userfaultfd(2) for faults of the kernel */
+	int32_t stop;         /* the barrier "stop"; KSM_EUNSTOPPABLE, KSM_EDEVICES: as of the last attempt */
+	int32_t stop_signal;  /* in use; 0: none yet */
+	int32_t segv;         /* the SIGSEGV handler: 0, KSM_EDISPLACED, KSM_EMASKED (looked up now) */
+	int32_t handler;      /* 1: it is installed */
+	int32_t pagemap;      /* reading /proc/self/pagemap */
+	int32_t dumpable;     /* PR_GET_DUMPABLE */
+	int32_t why_not;      /* what keeps this process from merging */
+	uint64_t stops;       /* ever */
+	uint64_t stops_failed;
+	uint64_t suspensions;
+	char stop_reason[KSM_WHY_MAX]; /* the last failure in words: which thread, which descriptor; "" */
+};
+
+/* Looks anew at what can be looked at without changing anything. */
+KSM_API int ksm_domain_capabilities(struct ksm_domain *domain, struct ksm_capabilities *out);
 
 KSM_API int ksm_domain_stats(struct ksm_domain *domain, struct ksm_stats *out);
 KSM_API int ksm_domain_self_stats(struct ksm_domain *domain, struct ksm_stats *out);
@@ -165,7 +202,9 @@ KSM_API int ksm_domain_clean(const struct ksm_domain_options *options);
 /* ---- arenas ---------------------------------------------------------------------------------- */
 
 #define KSM_ARENA_NO_SCAN 1u /* its pages merge in ksm_domain_scan() and settle only, not in the background */
+#define KSM_ARENA_SIGSEGV 2u /* merged pages are read-only; our SIGSEGV handler copies them when they are written */
 
+/* Errors: EINVAL, ENOMEM, and of installing the handler. */
 KSM_API int ksm_arena_create(struct ksm_domain *domain, unsigned flags, struct ksm_arena **out);
 /* No further allocation (KSM_ECLOSED); live blocks stay valid. Idempotent. */
 KSM_API void ksm_arena_close(struct ksm_arena *arena);
@@ -192,6 +231,23 @@ KSM_API int ksm_arena_scan(struct ksm_arena *arena, struct ksm_report *out);
  * hold their frame. */
 KSM_API int ksm_arena_unmerge(struct ksm_arena *arena, uint64_t *unmerged, uint64_t *broken);
 
+/*
+ * Frozen memory: the whole pages of [address, address + nbytes) become read-only, and are merged under every barrier,
+ * even where no window can be had. A store into one thaws that page, unnoticed; a system call that would write
+ * gets EFAULT. The caller has no system call or direct I/O in flight that writes there. *pages: how many pages.
+ * EINVAL: not inside memory the arena has handed out. KSM_EDISPLACED, KSM_EMASKED: a store would kill the process.
+ */
+KSM_API int ksm_arena_freeze(struct ksm_arena *arena, void *address, size_t nbytes, size_t *pages);
+/* Writable again; still merged where it is. */
+KSM_API int ksm_arena_thaw(struct ksm_arena *arena, void *address, size_t nbytes);
+
+/*
+ * Between begin and end every page that touches [address, address + nbytes) is private, writable, and stays so: for system
+ * calls that write into memory whose merged pages are read-only. Pairs nest and may overlap. Frozen pages are thawed.
+ */
+KSM_API int ksm_arena_writable_begin(struct ksm_arena *arena, void *address, size_t nbytes);
+KSM_API int ksm_arena_writable_end(struct ksm_arena *arena, void *address, size_t nbytes);
+
 struct ksm_arena_stats {
 	uint64_t blocks;          /* live */
 	uint64_t allocated_bytes; /* asked for, live */
@@ -199,7 +255,10 @@ struct ksm_arena_stats {
 	uint64_t pages_merged;    /* … that are merged and unbroken */
 	uint64_t pages_broken;    /* … that were merged and then written */
 	uint64_t pages_zero;      /* … given back because they were zero */
+	uint64_t pages_frozen;    /* … that are frozen */
+	uint64_t cow_breaks;      /* merged pages our handler has copied, ever */
 	uint64_t scan;            /* 1: merged in the background */
+	uint64_t sigsegv;         /* 1: KSM_ARENA_SIGSEGV */
 };
 KSM_API int ksm_arena_stats(struct ksm_arena *arena, struct ksm_arena_stats *out);
 
@@ -216,6 +275,15 @@ KSM_API int ksm_region_register(struct ksm_domain *domain, void *address, size_t
 /* Restores anonymous memory with the same contents, then forgets it. The caller has no direct I/O in flight
  * to it. On error the region stays registered and valid. */
 KSM_API int ksm_region_unregister(struct ksm_region *region);
+
+/* ---- signals --------------------------------------------------------------------------------- */
+
+/* The real-time signal with which threads are held (0: the highest that is free), from the next join on. EINVAL. */
+KSM_API int ksm_process_stop_signal(int signal);
+/* A handler for SIGSEGV was installed after ours (faulthandler.enable(), …): stand before it again. Nothing to do: 0. */
+KSM_API int ksm_process_handler_reinstall(void);
+/* Whoever stood behind us last has gone (faulthandler.disable()): never call it again. */
+KSM_API void ksm_process_handler_popped(void);
 
 /* ---- the process ----------------------------------------------------------------------------- */
 

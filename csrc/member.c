@@ -103,7 +103,7 @@ int ksm_member_own_table(struct ksm_member *member)
 	return r;
 }
 
-static void remember_inodes(struct ksm_member *member)
+void ksm_member_remember_inodes(struct ksm_member *member)
 {
 	member->inodes[KSM_SEED_DIRECTORY] = ksm_member_inode(member->peer.fds.directory);
 	member->inodes[KSM_SEED_FILE] = ksm_member_inode(member->peer.fds.file);
@@ -199,7 +199,8 @@ static int enter(struct ksm_member *member, const struct ksm_rendezvous *rendezv
 static int make_barrier(struct ksm_member *member, int uffd)
 {
 	struct ksm_scanner *scanner = &member->scanner;
-	int r = ksm_barrier_create_from(&scanner->barrier, (enum ksm_barrier_kind)member->options.barrier, uffd);
+	struct ksm_park *park = scanner->park.ready ? &scanner->park : NULL;
+	int r = ksm_barrier_create(&scanner->barrier, (enum ksm_barrier_kind)member->options.barrier, park, uffd);
 	struct ksm_slot *self = member->peer.self;
 	ksm_store_relaxed(&self->barrier, r ? (int32_t)KSM_BARRIER_NONE : (int32_t)scanner->barrier.ops->kind);
 	ksm_store_relaxed(&self->why_not, r);
@@ -213,14 +214,11 @@ int ksm_member_settle_in(struct ksm_member *member, int uffd)
 {
 	struct ksm_peer *peer = &member->peer;
 	peer->fds.pagemap = ksm_os_open(AT_FDCWD, "/proc/self/pagemap", O_RDONLY, 0);
+	member->scanner.park_error = ksm_park_create(&member->scanner.park); /* without it broken pages stay broken */
 	int r = make_barrier(member, uffd);
-	if (peer->fds.pagemap < 0 && !r) {
-		ksm_store_relaxed(&peer->self->why_not, peer->fds.pagemap);
-		r = member->options.barrier != KSM_BARRIER_AUTO ? KSM_EBARRIER : 0;
-		ksm_barrier_destroy(&member->scanner.barrier);
-	}
 	if (!r)
-		r = ksm_merger_init(&member->scanner.merger, peer, &member->index, &member->scanner.barrier);
+		r = ksm_merger_init(&member->scanner.merger, peer, &member->index, &member->scanner.barrier,
+				    member->scanner.park.ready ? &member->scanner.park : NULL);
 	if (!r)
 		r = ksm_exchange_open(&member->exchange, peer);
 	if (r && member->joined && member->scanner.merger.buffer)
@@ -274,7 +272,8 @@ int ksm_member_join(struct ksm_member *member)
 		r = join_locked(member, &rendezvous);
 		ksm_os_unlock(rendezvous.file, KSM_LOCK_JOIN);
 		if (!r) {
-			remember_inodes(member);
+			ksm_member_remember_inodes(member);
+			member->user = geteuid();
 			member->joined = true;
 			return 0;
 		}

@@ -27,6 +27,8 @@ struct ksm_member {
 	/* where we are */
 	char directory[KSM_PATH_ROOM];
 	uint32_t backing;
+	uid_t user; /* whose domain it is */
+	uint64_t follow_at_ns;
 	bool joined;
 	bool lost; /* the descriptors are gone and nobody could give them again, or there is no seat */
 	struct ksm_peer peer;
@@ -54,6 +56,11 @@ int ksm_member_join(struct ksm_member *member);
 int ksm_member_resume(struct ksm_member *member);
 /* Leave for good. No mapping of a frame is left. */
 void ksm_member_leave(struct ksm_member *member);
+/*
+ * The process has changed its user, who has a domain of the same name of its own: join that, give every merged page back,
+ * leave the old one. Returns 0, or why not now; then everything is as before and why_not says KSM_EUSER.
+ */
+int ksm_member_follow_user(struct ksm_member *member);
 /* Prepare a seat for the child of a fork. */
 int ksm_member_prepare_child(struct ksm_member *member);
 
@@ -71,10 +78,11 @@ void ksm_member_fork_child(struct ksm_member *member);
  * caller's, as the store of a named object is. */
 void ksm_member_drop_seeds(struct ksm_member *member, bool ours);
 
-/* ---- shared by member.c and member_fork.c -------------------------------------------------------------- */
+/* ---- shared by member.c and its parts ------------------------------------------------------------------ */
 
 /* Device and inode in one word; 0: no such descriptor. */
 uint64_t ksm_member_inode(int fd);
+void ksm_member_remember_inodes(struct ksm_member *member);
 /* Seated: open what a scanner needs, choose the barrier, listen. uffd: one to fall back on, or -1. */
 int ksm_member_settle_in(struct ksm_member *member, int uffd);
 

@@ -203,6 +203,8 @@ static void forget_scanner(struct ksm_member *member, bool mapped)
 	scanner->merger.buffer = NULL;
 	memset(&scanner->barrier, 0, sizeof(scanner->barrier));
 	scanner->barrier.uffd = -1;
+	scanner->park.ready = false;
+	scanner->park.tasks = -1;
 	ksm_exchange_init(&member->exchange);
 	member->peer.fds = (struct ksm_descriptors){-1, -1, -1, -1, -1};
 	member->peer.living_known = false;

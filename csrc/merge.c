@@ -16,25 +16,27 @@
  * MERGE-4. The number of memory mappings that merging costs stays within a budget (a third of what the kernel allows
  *          the process); the more of it is used, the longer a run must be to be worth one.
  * MERGE-5. A failing call leaves the page as it was: put back, private, and counted.
+ * MERGE-6. A page that becomes read-only has its guard say so before the window closes: from then on a store faults.
+ * MERGE-7. A broken page whose mapping still refers to its frame is given anonymous memory again while all threads are
+ *          parked, and only then: a direct transfer may be under way to it, which nothing else keeps out.
  *
  * Runs under the merge lock, in the scanner's thread, a stretch at a time.
  */
 #include "merge.h"
 
 #include "atomic.h"
-#include "dirty.h"
 #include "error.h"
+#include "handler.h"
 #include "os.h"
 #include "page.h"
+#include "restore.h"
 
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
 
-#define KSM_POPULATE_WRITE 23 /* MADV_POPULATE_WRITE, Linux 5.14 */
-
 int ksm_merger_init(struct ksm_merger *merger, struct ksm_peer *peer, struct ksm_index *index,
-		    struct ksm_barrier *barrier)
+		    struct ksm_barrier *barrier, struct ksm_park *park)
 {
 	void *buffer;
 	memset(merger, 0, sizeof(*merger));
@@ -45,6 +47,8 @@ int ksm_merger_init(struct ksm_merger *merger, struct ksm_peer *peer, struct ksm
 	merger->peer = peer;
 	merger->index = index;
 	merger->barrier = barrier;
+	merger->frozen = (struct ksm_barrier){.uffd = -1, .error = -ENOSYS};
+	merger->park = park;
 	merger->buffer = buffer;
 	ksm_merger_set_budget(merger);
 	return 0;
@@ -62,6 +66,7 @@ void ksm_merger_set_budget(struct ksm_merger *merger)
 
 void ksm_merger_fini(struct ksm_merger *merger)
 {
+	ksm_barrier_destroy(&merger->frozen);
 	if (merger->buffer)
 		munmap(merger->buffer, KSM_STRETCH * KSM_PAGE_SIZE);
 	merger->buffer = NULL;
@@ -72,93 +77,10 @@ void ksm_merger_rest(struct ksm_merger *merger)
 	ksm_os_advise(merger->buffer, KSM_STRETCH * KSM_PAGE_SIZE, MADV_DONTNEED);
 }
 
-static char *copy_at(const struct ksm_merger *m, size_t i)
-{
-	return m->buffer + i * KSM_PAGE_SIZE;
-}
-
-/* ---- look -------------------------------------------------------------------------------------------- */
-
-/* A page that is, or was, mapped to a frame or dropped. Returns whether there is a private page to look at. */
-static bool look_at_merged(struct ksm_merger *m, size_t i, enum ksm_page_state state)
-{
-	ksm_pageno page = m->first + i;
-	uint16_t kind = m->kinds[i];
-	bool private = (kind & KSM_PAGE_SWAPPED) || ((kind & KSM_PAGE_PRESENT) && !(kind & KSM_PAGE_FILE));
-	if (state == KSM_PAGE_MERGED && private) {
-		ksm_region_move(m->region, page, KSM_PAGE_BROKEN, ksm_region_frame(m->region, page));
-		ksm_count(m->peer->self, KSM_COW_BREAKS, 1);
-	}
-	if (state == KSM_PAGE_DROPPED && private && !(kind & KSM_PAGE_SHARED)) {
-		ksm_region_move(m->region, page, KSM_PAGE_UNKNOWN, 0);
-		return true;
-	}
-	return false;
-}
-
-void ksm_merge_see_breaks(struct ksm_merger *merger, struct ksm_region *region, ksm_pageno first, size_t count)
-{
-	merger->region = region;
-	merger->first = first;
-	merger->count = count;
-	if (ksm_os_pagemap(merger->peer->fds.pagemap, ksm_merger_page(merger, 0), count, merger->kinds))
-		return;
-	for (size_t i = 0; i < count; i++)
-		if (ksm_region_state(region, first + i) == KSM_PAGE_MERGED)
-			look_at_merged(merger, i, KSM_PAGE_MERGED);
-}
-
-static void look_at_private(struct ksm_merger *m, size_t i)
-{
-	ksm_pageno page = m->first + i;
-	uint16_t kind = m->kinds[i];
-	enum ksm_page_state state = ksm_region_state(m->region, page);
-	if (!(kind & KSM_PAGE_PRESENT) || (kind & (KSM_PAGE_FILE | KSM_PAGE_SHARED))) {
-		if (state != KSM_PAGE_UNKNOWN)
-			ksm_region_unknow(m->region, page);
-		m->counts->skipped += (kind & (KSM_PAGE_SWAPPED | KSM_PAGE_FILE | KSM_PAGE_SHARED)) != 0;
-		return;
-	}
-	uint64_t digest = ksm_page_digest(ksm_merger_page(m, i));
-	enum ksm_dirty dirty = ksm_dirty_query(m->region, page, digest);
-	m->counts->scanned++;
-	m->digests[i] = digest;
-	if (dirty != KSM_DIRTY_UNWRITTEN) {
-		m->counts->written += dirty == KSM_DIRTY_WRITTEN;
-		if (state != KSM_PAGE_UNKNOWN)
-			ksm_region_unknow(m->region, page);
-		ksm_region_move(m->region, page, KSM_PAGE_SEEN, digest);
-		if (!m->force)
-			return;
-	} else if (state == KSM_PAGE_REFUSED && !m->force) {
-		m->counts->skipped++;
-		return;
-	}
-	m->verdicts[i] = ksm_page_is_zero(ksm_merger_page(m, i)) ? KSM_MERGE_DROP : KSM_MERGE_LOOK;
-}
-
-static bool look(struct ksm_merger *m)
-{
-	bool any = false;
-	int r = ksm_os_pagemap(m->peer->fds.pagemap, ksm_merger_page(m, 0), m->count, m->kinds);
-	if (r) {
-		ksm_merger_why_not(m, r);
-		return false;
-	}
-	for (size_t i = 0; i < m->count; i++) {
-		enum ksm_page_state state = ksm_region_state(m->region, m->first + i);
-		bool framed = state == KSM_PAGE_MERGED || state == KSM_PAGE_BROKEN || state == KSM_PAGE_DROPPED;
-		if (!framed || look_at_merged(m, i, state))
-			look_at_private(m, i);
-		any |= m->verdicts[i] != KSM_MERGE_LEAVE;
-	}
-	return any;
-}
-
 /* ---- fetch -------------------------------------------------------------------------------------------- */
 
 /* Give the target of page i back: it will not be mapped. */
-static void let_go(struct ksm_merger *m, size_t i)
+void ksm_merge_let_go(struct ksm_merger *m, size_t i)
 {
 	if (m->promoted[i]) {
 		ksm_frame_abandon(m->peer, m->targets[i]);
@@ -192,10 +114,10 @@ static void publish(struct ksm_merger *m, size_t i)
 
 static void write_run(struct ksm_merger *m, size_t i, size_t n)
 {
-	int r = ksm_frame_write(m->peer, m->targets[i], n, copy_at(m, i));
+	int r = ksm_frame_write(m->peer, m->targets[i], n, ksm_merger_copy(m, i));
 	for (size_t j = i; j < i + n; j++) {
 		if (r)
-			let_go(m, j);
+			ksm_merge_let_go(m, j);
 		else
 			publish(m, j);
 	}
@@ -207,12 +129,12 @@ static void write_run(struct ksm_merger *m, size_t i, size_t n)
 
 static void read_run(struct ksm_merger *m, size_t i, size_t n)
 {
-	int r = ksm_frame_read(m->peer, m->targets[i], n, copy_at(m, i));
+	int r = ksm_frame_read(m->peer, m->targets[i], n, ksm_merger_copy(m, i));
 	if (r)
 		ksm_count(m->peer->self, KSM_FAILURES, 1);
 	for (size_t j = i; j < i + n; j++)
-		if (r || !ksm_page_equal(ksm_merger_page(m, j), copy_at(m, j)))
-			let_go(m, j);
+		if (r || !ksm_page_equal(ksm_merger_page(m, j), ksm_merger_copy(m, j)))
+			ksm_merge_let_go(m, j);
 }
 
 static void fetch(struct ksm_merger *m)
@@ -221,9 +143,9 @@ static void fetch(struct ksm_merger *m)
 	for (size_t i = 0; i < m->count; i++) {
 		if (m->verdicts[i] != KSM_MERGE_MAP || !m->promoted[i])
 			continue;
-		memcpy(copy_at(m, i), ksm_merger_page(m, i), KSM_PAGE_SIZE);
-		if (ksm_page_digest(copy_at(m, i)) != m->digests[i])
-			let_go(m, i); /* changed meanwhile */
+		memcpy(ksm_merger_copy(m, i), ksm_merger_page(m, i), KSM_PAGE_SIZE);
+		if (ksm_page_digest(ksm_merger_copy(m, i)) != m->digests[i])
+			ksm_merge_let_go(m, i); /* changed meanwhile */
 	}
 	memcpy(written, m->promoted, sizeof(written));
 	for (size_t i = 0, n; i < m->count; i += n ? n : 1) {
@@ -243,8 +165,7 @@ static void fetch(struct ksm_merger *m)
 
 /* ---- the budget of mappings ------------------------------------------------------------------------------ */
 
-/* The shortest run worth a mapping, the more of the budget is used. */
-static size_t least_run(const struct ksm_merger *m, uint64_t used)
+size_t ksm_merger_least_run(const struct ksm_merger *m, uint64_t used)
 {
 	if (used < m->vma_budget / 2)
 		return 1;
@@ -263,9 +184,9 @@ static void keep_budget(struct ksm_merger *m)
 		size_t before = ksm_region_boundaries(m->region, m->first + i, n);
 		size_t after = ksm_region_boundaries_if(m->region, m->first + i, n, m->targets[i]);
 		bool costs = after > before;
-		if (costs && (n < least_run(m, used) || used + (after - before) > m->vma_budget)) {
+		if (costs && (n < ksm_merger_least_run(m, used) || used + (after - before) > m->vma_budget)) {
 			for (size_t j = i; j < i + n; j++)
-				let_go(m, j);
+				ksm_merge_let_go(m, j);
 			ksm_merger_why_not(m, KSM_EBUDGET);
 		} else if (costs) {
 			used += after - before;
@@ -273,148 +194,65 @@ static void keep_budget(struct ksm_merger *m)
 	}
 }
 
-/* ---- window --------------------------------------------------------------------------------------------- */
+/* ---- broken pages ------------------------------------------------------------------------------------------- */
 
-static void became_merged(struct ksm_merger *m, size_t i, size_t n)
+static void give_back(struct ksm_merger *m)
 {
-	ksm_pageno page = m->first + i;
-	size_t before = ksm_region_boundaries(m->region, page, n);
-	for (size_t j = i; j < i + n; j++) {
-		if (ksm_region_state(m->region, m->first + j) == KSM_PAGE_CANDIDATE)
-			ksm_candidate_remove(m->index, m->peer, ksm_region_digest(m->region, m->first + j),
-					     ksm_merger_page(m, j));
-		ksm_region_move(m->region, m->first + j, KSM_PAGE_MERGED, m->targets[j]);
-		m->verdicts[j] = KSM_MERGE_LEAVE;
-	}
-	size_t after = ksm_region_boundaries(m->region, page, n);
-	ksm_peer_count_vmas(m->peer, (int64_t)after - (int64_t)before);
-	ksm_count(m->peer->self, KSM_MERGES, (int64_t)n);
-	m->counts->merged += n;
-}
-
-static void became_dropped(struct ksm_merger *m, size_t i)
-{
-	if (ksm_region_state(m->region, m->first + i) == KSM_PAGE_CANDIDATE)
-		ksm_region_unknow(m->region, m->first + i);
-	if (ksm_region_state(m->region, m->first + i) == KSM_PAGE_UNKNOWN)
-		ksm_region_move(m->region, m->first + i, KSM_PAGE_SEEN, m->digests[i]);
-	ksm_region_move(m->region, m->first + i, KSM_PAGE_DROPPED, 0);
-	m->verdicts[i] = KSM_MERGE_LEAVE;
-	ksm_count(m->peer->self, KSM_ZERO_MERGES, 1);
-	m->counts->dropped++;
-}
-
-/* Inside the window: MERGE-1. Pages [i, i + n) of the stretch are pages [0, n) of the window. */
-static void decide(struct ksm_merger *m, size_t i, size_t n)
-{
-	const char *view = m->barrier->view;
-	bool equal[KSM_STRETCH];
-	for (size_t j = 0; j < n; j++)
-		equal[j] = m->verdicts[i + j] == KSM_MERGE_DROP
-				   ? ksm_page_is_zero(view + j * KSM_PAGE_SIZE)
-				   : ksm_page_equal(view + j * KSM_PAGE_SIZE, copy_at(m, i + j));
-	for (size_t j = 0, run; j < n; j += run) {
-		run = 1;
-		if (!equal[j])
-			continue;
-		if (m->verdicts[i + j] == KSM_MERGE_DROP) {
-			ksm_window_drop(m->barrier, j, 1);
-			continue;
-		}
-		while (j + run < n && equal[j + run] && m->verdicts[i + j + run] == KSM_MERGE_MAP &&
-		       m->targets[i + j + run] == m->targets[i + j] + run)
-			run++;
-		if (ksm_window_map(m->barrier, j, run, m->peer->fds.store,
-				   (uint64_t)m->targets[i + j] << KSM_PAGE_SHIFT))
-			ksm_count(m->peer->self, KSM_FAILURES, 1);
-	}
-}
-
-static void settle_fates(struct ksm_merger *m, size_t i, size_t n, const uint8_t *fates)
-{
-	for (size_t j = 0, run; j < n; j += run) {
-		run = 1;
-		if (fates[j] == KSM_WINDOW_MAPPED) {
-			while (j + run < n && fates[j + run] == KSM_WINDOW_MAPPED)
-				run++;
-			became_merged(m, i + j, run);
-		} else if (fates[j] == KSM_WINDOW_DROPPED) {
-			became_dropped(m, i + j);
-		} else {
-			if (m->verdicts[i + j] == KSM_MERGE_MAP)
-				let_go(m, i + j);
-			m->verdicts[i + j] = KSM_MERGE_LEAVE;
-			ksm_region_unknow(m->region, m->first + i + j);
-			ksm_count(m->peer->self, KSM_PUT_BACKS, 1);
-		}
-	}
-}
-
-/* The kernel would not open the window at page i. */
-static void refused(struct ksm_merger *m, size_t i, size_t n, int error)
-{
-	bool refuses = error == -EBUSY || (error == -EINVAL && n == 1); /* pinned, shared by fork, locked */
-	size_t affected = refuses ? 1 : n;
-	for (size_t j = i; j < i + affected; j++) {
-		if (m->verdicts[j] == KSM_MERGE_MAP)
-			let_go(m, j);
-		m->verdicts[j] = KSM_MERGE_LEAVE;
-		ksm_region_unknow(m->region, m->first + j);
-		if (refuses) {
-			ksm_region_move(m->region, m->first + j, KSM_PAGE_SEEN, m->digests[j]);
-			ksm_region_move(m->region, m->first + j, KSM_PAGE_REFUSED, m->digests[j]);
-		}
-	}
-	m->counts->skipped += affected;
-	if (!refuses) {
-		ksm_merger_why_not(m, error);
-		ksm_count(m->peer->self, KSM_FAILURES, 1);
-	}
-}
-
-/*
- * A page that was shared by a fork whose other side is gone is ours alone, but the kernel knows only after the next
- * write. Asking for write access writes nothing and tells it. Pinned pages stay refused.
- */
-static int open_window(struct ksm_merger *m, size_t i, size_t *n)
-{
-	char *at = ksm_merger_page(m, i);
-	int r = ksm_window_open(m->barrier, at, *n);
-	if (r == -EBUSY && !ksm_os_advise(at, *n * KSM_PAGE_SIZE, KSM_POPULATE_WRITE))
-		r = ksm_window_open(m->barrier, at, *n);
-	while (r == -EINVAL && *n > 1) { /* two mappings: pages move within one */
-		*n = (*n + 1) / 2;
-		r = ksm_window_open(m->barrier, at, *n);
-	}
-	return r;
-}
-
-static void windows(struct ksm_merger *m)
-{
-	uint8_t fates[KSM_STRETCH];
-	for (size_t i = 0; i < m->count;) {
-		size_t n = 0;
-		while (i + n < m->count &&
-		       (m->verdicts[i + n] == KSM_MERGE_MAP || m->verdicts[i + n] == KSM_MERGE_DROP))
+	uint64_t used = (uint64_t)KSM_MAX(m->peer->vmas_used, 0), given = 0;
+	bool any = false;
+	for (size_t i = 0, n; i < m->count; i += n ? n : 1) {
+		for (n = 0; i + n < m->count && m->worn[i + n];)
 			n++;
-		if (n == 0) {
-			i++;
+		if (!n)
+			continue;
+		size_t before = ksm_region_boundaries(m->region, m->first + i, n);
+		size_t after = ksm_region_boundaries_if(m->region, m->first + i, n, KSM_NO_FRAME);
+		bool costs = after > before;
+		if (costs && (n < ksm_merger_least_run(m, used) || used + (after - before) > m->vma_budget)) {
+			memset(m->worn + i, 0, n);
 			continue;
 		}
-		int r = open_window(m, i, &n);
-		if (r) {
-			refused(m, i, n, r);
-			i += r == -EBUSY ? 1 : n;
-			continue;
-		}
-		n = m->barrier->pages;
-		decide(m, i, n);
-		memcpy(fates, m->barrier->fate, n);
-		unsigned failures = ksm_window_close(m->barrier);
-		if (failures)
-			ksm_count(m->peer->self, KSM_FAILURES, failures);
-		settle_fates(m, i, n, fates);
-		i += n;
+		used += costs ? after - before : 0;
+		any = true;
+	}
+	if (!any)
+		return;
+	int r = ksm_give_back(m->region, m->barrier, m->park, m->first, m->count, m->worn, m->buffer, &given);
+	if (r)
+		ksm_merger_why_not(m, r);
+	m->counts->given_back += given;
+	ksm_count(m->peer->self, KSM_GIVE_BACKS, (int64_t)given);
+}
+
+/* ---- a stretch ----------------------------------------------------------------------------------------------- */
+
+int ksm_merger_ready(const struct ksm_merger *m, size_t i)
+{
+	const struct ksm_barrier *window = ksm_merger_barrier(m, i);
+	if (!window->ops)
+		return window->error ? window->error : -ENOSYS;
+	if (m->handled && (m->region->sigsegv || window->ops->kind == KSM_BARRIER_SEGV))
+		return m->handled;
+	return window->ops->kind == KSM_BARRIER_STOP ? ksm_park_ready(window->park) : 0;
+}
+
+/* What the SIGSEGV handler has to say, and to know, of this region. */
+static void prepare_handling(struct ksm_merger *m)
+{
+	struct ksm_region *region = m->region;
+	bool segv = m->barrier->ops && m->barrier->ops->kind == KSM_BARRIER_SEGV;
+	m->handled = 0;
+	if (!region->sigsegv && !region->frozen && !segv)
+		return;
+	if (region->frozen && !m->frozen.ops)
+		ksm_barrier_create(&m->frozen, KSM_BARRIER_SEGV, NULL, -1);
+	m->handled = ksm_handler_check();
+	ksm_count_set(m->peer->self, KSM_SUSPENSIONS, ksm_handler_suspensions());
+	if (!m->handled)
+		m->handled = ksm_region_guard(region);
+	if (region->guard) {
+		int64_t left = (int64_t)m->vma_budget - m->peer->vmas_used;
+		ksm_store_relaxed(&region->guard->vmas_left, left / 2);
 	}
 }
 
@@ -429,12 +267,16 @@ void ksm_merge_stretch(struct ksm_merger *merger, struct ksm_region *region, ksm
 	merger->counts = counts;
 	memset(merger->promoted, 0, sizeof(merger->promoted));
 	memset(merger->verdicts, KSM_MERGE_LEAVE, sizeof(merger->verdicts));
+	memset(merger->worn, 0, sizeof(merger->worn));
 	uint64_t skipped = counts->skipped;
-	if (look(merger) && merger->barrier->ops) {
+	prepare_handling(merger);
+	if (ksm_merge_look(merger)) {
 		ksm_merge_find(merger);
 		keep_budget(merger);
 		fetch(merger);
-		windows(merger);
+		ksm_merge_windows(merger);
 	}
+	if (merger->park)
+		give_back(merger);
 	ksm_count(merger->peer->self, KSM_PAGES_SKIPPED, (int64_t)(counts->skipped - skipped));
 }

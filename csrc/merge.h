@@ -6,6 +6,7 @@
 #define KSM_MERGE_H
 
 #include "barrier.h"
+#include "park.h"
 #include "region.h"
 
 #define KSM_STRETCH KSM_WINDOW_PAGES /* pages looked at together */
@@ -19,7 +20,7 @@ enum ksm_merge_verdict {
 };
 
 struct ksm_merge_counts {
-	uint64_t scanned, merged, dropped, promoted, unshared, written, skipped;
+	uint64_t scanned, merged, dropped, promoted, unshared, written, skipped, given_back;
 	int32_t why_not; /* code of the last thing that kept a page from merging, or 0 */
 };
 
@@ -28,6 +29,10 @@ struct ksm_merger {
 	struct ksm_peer *peer;
 	struct ksm_index *index;
 	struct ksm_barrier *barrier;
+	struct ksm_barrier frozen; /* for pages that are frozen; made when there are some */
+	struct ksm_park *park;     /* NULL: none, so broken pages stay where they are */
+	uint64_t passes;           /* of the background, so far */
+	int handled;               /* 0: a store into a read-only page is answered; of the stretch at hand */
 	uint64_t vma_budget;
 	char *buffer; /* KSM_STRETCH pages: copies of the frames to be compared with */
 	/* the stretch at hand */
@@ -41,6 +46,7 @@ struct ksm_merger {
 	ksm_frameno targets[KSM_STRETCH];
 	bool promoted[KSM_STRETCH];
 	uint8_t verdicts[KSM_STRETCH];
+	bool worn[KSM_STRETCH]; /* broken for a while: to be given anonymous memory again */
 };
 
 static inline char *ksm_merger_page(const struct ksm_merger *merger, size_t i)
@@ -53,11 +59,40 @@ static inline void ksm_merger_why_not(struct ksm_merger *merger, int code)
 	merger->counts->why_not = code;
 }
 
+static inline bool ksm_merger_is_frozen(const struct ksm_merger *merger, size_t i)
+{
+	return (ksm_region_guard_of(merger->region, merger->first + i) & KSM_GUARD_FROZEN) != 0;
+}
+
+/* What opens a window on page i of the stretch. */
+static inline const struct ksm_barrier *ksm_merger_barrier(const struct ksm_merger *merger, size_t i)
+{
+	return ksm_merger_is_frozen(merger, i) ? &merger->frozen : merger->barrier;
+}
+
+/* Where the bytes of the frame for page i are at hand. */
+static inline char *ksm_merger_copy(const struct ksm_merger *merger, size_t i)
+{
+	return merger->buffer + i * KSM_PAGE_SIZE;
+}
+
+/* Could page i be merged now? 0, or the code of what is against it. */
+int ksm_merger_ready(const struct ksm_merger *merger, size_t i);
+
+/* A step of ksm_merge_stretch(): which pages to merge, LOOK or DROP; which are worn. false: none to merge. */
+bool ksm_merge_look(struct ksm_merger *merger);
 /* A step of ksm_merge_stretch(): targets for the pages marked LOOK; they become MAP or LEAVE. */
 void ksm_merge_find(struct ksm_merger *merger);
 
+/* Give the target of page i back: it will not be mapped. */
+void ksm_merge_let_go(struct ksm_merger *merger, size_t i);
+/* A step of ksm_merge_stretch(): the pages that are MAP or DROP, in windows. */
+void ksm_merge_windows(struct ksm_merger *merger);
+
 int ksm_merger_init(struct ksm_merger *merger, struct ksm_peer *peer, struct ksm_index *index,
-		    struct ksm_barrier *barrier);
+		    struct ksm_barrier *barrier, struct ksm_park *park);
+/* The shortest run worth a mapping, the more of the budget is used. */
+size_t ksm_merger_least_run(const struct ksm_merger *merger, uint64_t used);
 /* How many mappings merging may cost, by what the program itself has mapped now. */
 void ksm_merger_set_budget(struct ksm_merger *merger);
 void ksm_merger_fini(struct ksm_merger *merger);

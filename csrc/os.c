@@ -108,10 +108,11 @@ int ksm_os_map_table(size_t nbytes, void **out)
 	return 0;
 }
 
-int ksm_os_map_frames(void *at, size_t nbytes, int store, uint64_t offset)
+int ksm_os_map_frames(void *at, size_t nbytes, int store, uint64_t offset, bool writable)
 {
 	KSM_FAULT(MAP_FRAMES);
-	void *p = mmap(at, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, store, (off_t)offset);
+	int access = writable ? PROT_READ | PROT_WRITE : PROT_READ;
+	void *p = mmap(at, nbytes, access, MAP_PRIVATE | MAP_FIXED, store, (off_t)offset);
 	return p == MAP_FAILED ? -errno : 0;
 }
 
@@ -138,10 +139,10 @@ int ksm_os_unmap(void *at, size_t nbytes)
 	return munmap(at, nbytes) ? -errno : 0;
 }
 
-int ksm_os_protect_rw(void *at, size_t nbytes)
+int ksm_os_protect(void *at, size_t nbytes, bool writable)
 {
 	KSM_FAULT(PROTECT);
-	return mprotect(at, nbytes, PROT_READ | PROT_WRITE) ? -errno : 0;
+	return mprotect(at, nbytes, writable ? PROT_READ | PROT_WRITE : PROT_READ) ? -errno : 0;
 }
 
 int ksm_os_advise(void *at, size_t nbytes, int advice)

@@ -11,6 +11,7 @@
 #include "base.h"
 
 #include <pthread.h>
+#include <signal.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 
@@ -49,13 +50,20 @@
 	X(UFFD_COPY)                                                                                                   \
 	X(UFFD_WAKE)                                                                                                   \
 	X(UFFD_PROTECT)                                                                                                \
+	X(RESIDENT)                                                                                                    \
 	X(PAGEMAP_SCAN)                                                                                                \
 	X(SOCKET)                                                                                                      \
 	X(BIND)                                                                                                        \
 	X(CONNECT)                                                                                                     \
 	X(ACCEPT)                                                                                                      \
 	X(SEND)                                                                                                        \
-	X(RECEIVE)
+	X(RECEIVE)                                                                                                     \
+	X(HANDLER)                                                                                                     \
+	X(THREAD_SIGNAL)                                                                                               \
+	X(WORD_WAIT)                                                                                                   \
+	X(READ_LINK)                                                                                                   \
+	X(ATTRIBUTE)                                                                                                   \
+	X(COMPARE)
 
 enum ksm_os_call {
 #define KSM_OS_CALL_ENUM(name) KSM_OS_##name,
@@ -88,12 +96,12 @@ int ksm_os_fault_(enum ksm_os_call call);
 int ksm_os_map_anon(void *at, size_t nbytes, bool fixed, bool reserve, void **out);
 /* Private zeroed memory for tables: never huge pages, not in core dumps. */
 int ksm_os_map_table(size_t nbytes, void **out);
-/* Frames of the store over [at, at + nbytes): private, readable, writable. Their order is the file's. */
-int ksm_os_map_frames(void *at, size_t nbytes, int store, uint64_t offset);
+/* Frames of the store over [at, at + nbytes): private, readable, maybe writable. Their order is the file's. */
+int ksm_os_map_frames(void *at, size_t nbytes, int store, uint64_t offset, bool writable);
 /* A shared mapping of a descriptor. */
 int ksm_os_map_shared(int fd, size_t nbytes, bool writable, void **out);
 int ksm_os_unmap(void *at, size_t nbytes);
-int ksm_os_protect_rw(void *at, size_t nbytes);
+int ksm_os_protect(void *at, size_t nbytes, bool writable);
 int ksm_os_advise(void *at, size_t nbytes, int advice);
 /* Move [from, from + nbytes) with its pages over [to, to + nbytes). */
 int ksm_os_remap(void *from, void *to, size_t nbytes);
@@ -172,6 +180,11 @@ enum ksm_page_kind { /* categories of PAGEMAP_SCAN, same bits */
 /* The kind of each of `npages` pages from `at` into kinds[]. fd: /proc/self/pagemap. npages ≤ 512. */
 int ksm_os_pagemap(int fd, const void *at, size_t npages, uint16_t *kinds);
 
+/* Without a pagemap: KSM_PAGE_PRESENT of what is in memory, the kernel's page of zeros too; nothing else. npages ≤ 512. */
+int ksm_os_resident(const void *at, size_t npages, uint16_t *kinds);
+/* Is there a mapping at every page of [at, at + nbytes)? */
+bool ksm_os_is_mapped(const void *at, size_t nbytes);
+
 /* ---- userfaultfd ----------------------------------------------------------------------------------- */
 
 #define KSM_UFFD_MISSING 1u
@@ -183,6 +196,9 @@ int ksm_os_pagemap(int fd, const void *at, size_t npages, uint16_t *kinds);
 
 /* Through /dev/userfaultfd, else the system call; with kernel faults. -EPERM/-EACCES: not allowed; -EINVAL: too old. */
 int ksm_os_uffd_open(uint64_t features);
+/* Only whether it is allowed, each way alone: 0 or why not. */
+int ksm_os_uffd_try_device(void);
+int ksm_os_uffd_try_call(void);
 int ksm_os_uffd_register(int uffd, void *at, size_t nbytes, unsigned modes);
 int ksm_os_uffd_unregister(int uffd, void *at, size_t nbytes);
 /* Move pages from `from` to `to`. Returns bytes moved (maybe short), or a negative errno if none was. */
@@ -205,5 +221,81 @@ int ksm_os_send(int fd, const void *message, size_t nbytes, const int *fds, size
 int ksm_os_receive(int fd, void *message, size_t room, int *fds, size_t *nfds);
 /* The user at the other end when it connected. */
 int ksm_os_peer_uid(int fd, uid_t *uid, pid_t *pid);
+
+/* ---- threads and signals: no malloc, no stdio -------------------------------------------------------- */
+
+/* Sleep while *word is `value`, until it is woken or the time is over. -EAGAIN, -ETIMEDOUT, -EINTR. */
+int ksm_os_word_wait(const uint32_t *word, uint32_t value, uint64_t timeout_ns);
+/* For signal handlers: nothing but the system call. */
+void ksm_os_word_wait_sigsafe(const uint32_t *word, uint32_t value);
+void ksm_os_word_wake_sigsafe(const uint32_t *word, int count);
+
+typedef void (*ksm_os_handler)(int, siginfo_t *, void *);
+
+enum ksm_handler_state {
+	KSM_HANDLER_NONE = 0, /* SIG_DFL */
+	KSM_HANDLER_OURS,
+	KSM_HANDLER_OTHER, /* SIG_IGN too */
+};
+/* enum ksm_handler_state, or an error. */
+int ksm_os_handler_state(int signal, ksm_os_handler handler);
+/* SA_RESTART, SA_ONSTACK, and every signal blocked in it: also those that the C library never lets anybody block. */
+int ksm_os_handler_install(int signal, ksm_os_handler handler);
+/* In a handler: end the process as `signal` does if nobody handles it, when the handler returns. */
+void ksm_os_die_sigsafe(int signal);
+/* Queue a signal to a thread of this process: si_code is SI_QUEUE, si_errno `mark`, si_value `value`. -ESRCH: it is
+ * gone; -EAGAIN: too many are pending. */
+int ksm_os_thread_signal(int tid, int signal, int mark, uint64_t value);
+bool ksm_os_thread_exists(int tid);
+
+/* Calls each(number, context) for the entries of a directory in /proc whose names are numbers, from its beginning. A
+ * non-zero return ends it and is returned. */
+int ksm_os_list_numbers(int fd, void *buffer, size_t room, int (*each)(unsigned number, void *context), void *context);
+/* What one read gives, with a zero at its end. Returns its length. */
+int ksm_os_read_text(int fd, uint64_t offset, char *text, size_t room);
+int ksm_os_read_file(int dirfd, const char *path, char *text, size_t room);
+int ksm_os_read_link(int dirfd, const char *path, char *text, size_t room);
+/* What a path leads to, links followed: S_IFMT's bits and the device's number. Asks no server of a file system. */
+int ksm_os_kind(int dirfd, const char *path, unsigned *type, unsigned *major, unsigned *minor);
+/* An extended attribute; its length. */
+int ksm_os_attribute(const char *path, const char *name, char *text, size_t room);
+/* Do two threads have one table of descriptors? 1, 0, or an error. */
+int ksm_os_same_descriptors(int a, int b);
+
+/* ---- for the SIGSEGV handler: raw calls, no errno ------------------------------------------------------- */
+
+int ksm_os_map_anon_sigsafe(size_t nbytes, void **out);
+int ksm_os_protect_sigsafe(void *at, size_t nbytes, bool writable);
+int ksm_os_advise_sigsafe(void *at, size_t nbytes, int advice);
+int ksm_os_remap_sigsafe(void *from, void *to, size_t nbytes);
+void ksm_os_unmap_sigsafe(void *at, size_t nbytes);
+bool ksm_os_is_mapped_sigsafe(const void *at, size_t nbytes);
+
+/* What a signal does, as the kernel has it. */
+struct ksm_os_action {
+	ksm_os_handler handler;
+	unsigned long flags;
+	void (*restorer)(void);
+	uint64_t mask;
+};
+/* Either may be NULL. */
+int ksm_os_action_sigsafe(int signal, const struct ksm_os_action *new, struct ksm_os_action *old);
+/* Install as ksm_os_handler_install() does; *old: what was there before, in one step. */
+int ksm_os_action_exchange(int signal, ksm_os_handler handler, struct ksm_os_action *old);
+/* The calling thread's mask of blocked signals, bit 0 for signal 1; returns the old one. */
+uint64_t ksm_os_mask_sigsafe(uint64_t mask);
+/* Send a signal to the calling thread, with what was known of it when it came. */
+int ksm_os_signal_self_sigsafe(int signal, siginfo_t *info);
+int ksm_os_tid_sigsafe(void);
+void ksm_os_yield_sigsafe(void);
+void ksm_os_sleep_sigsafe(uint64_t ns);
+
+enum ksm_os_access {
+	KSM_ACCESS_UNKNOWN = 0,
+	KSM_ACCESS_READ, /* or an instruction */
+	KSM_ACCESS_WRITE,
+};
+/* What kind of access met a fault: of a handler's third argument. */
+enum ksm_os_access ksm_os_access_sigsafe(const void *context);
 
 #endif

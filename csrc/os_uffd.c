@@ -13,6 +13,7 @@
 #include <linux/userfaultfd.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -60,6 +61,24 @@ int ksm_os_uffd_open(uint64_t features)
 		return error;
 	}
 	return uffd;
+}
+
+int ksm_os_uffd_try_device(void)
+{
+	int fd = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+	if (fd < 0)
+		return -errno;
+	close(fd);
+	return 0;
+}
+
+int ksm_os_uffd_try_call(void)
+{
+	int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+	if (fd < 0)
+		return -errno;
+	close(fd);
+	return 0;
 }
 
 int ksm_os_uffd_register(int uffd, void *at, size_t nbytes, unsigned modes)
@@ -136,4 +155,26 @@ int ksm_os_pagemap(int fd, const void *at, size_t npages, uint16_t *kinds)
 				      (present && !file && !(entry >> 56 & 1) ? KSM_PAGE_SHARED : 0));
 	}
 	return 0;
+}
+
+int ksm_os_resident(const void *at, size_t npages, uint16_t *kinds)
+{
+	KSM_FAULT(RESIDENT);
+	unsigned char bytes[PAGEMAP_MOST];
+	if (npages > PAGEMAP_MOST)
+		return -EINVAL;
+	if (mincore((void *)(uintptr_t)at, npages << KSM_PAGE_SHIFT, bytes))
+		return -errno;
+	for (size_t i = 0; i < npages; i++)
+		kinds[i] = bytes[i] & 1 ? KSM_PAGE_PRESENT : 0;
+	return 0;
+}
+
+bool ksm_os_is_mapped(const void *at, size_t nbytes)
+{
+	unsigned char byte;
+	for (size_t done = 0; done < nbytes; done += KSM_PAGE_SIZE)
+		if (mincore((char *)(uintptr_t)at + done, KSM_PAGE_SIZE, &byte) && errno == ENOMEM)
+			return false;
+	return true;
 }

@@ -22,6 +22,7 @@
  *
  * PAGE-1. MERGED and BROKEN hold one reference to their frame, from before the page is mapped until after its mapping
  *         is gone. The kernel breaks a page without telling us; MERGED may mean broken, BROKEN never means merged.
+ *         Where a guard says MERGED it is certain: nobody has written the page.
  * PAGE-2. Only ksm_region_move() changes a word, along the edges of one table.
  * PAGE-3. Words change under the merge lock. After fork the child's copy is as good as the parent's: its seat holds a
  *         copy of the parent's bits.
@@ -59,6 +60,11 @@ int ksm_region_init(struct ksm_region *region, struct ksm_peer *peer, struct ksm
 
 void ksm_region_fini(struct ksm_region *region)
 {
+	if (region->guard) {
+		ksm_region_count_breaks(region);
+		ksm_guard_destroy(region->guard);
+		region->guard = NULL;
+	}
 	if (region->words)
 		munmap(region->words, ksm_page_round_up(region->room * sizeof(uint64_t)));
 	region->words = NULL;
@@ -125,6 +131,45 @@ void ksm_region_move(struct ksm_region *region, ksm_pageno page, enum ksm_page_s
 		ksm_count(self, KSM_PAGES_ZERO, dropped);
 }
 
+/* ---- guards ----------------------------------------------------------------------------------------- */
+
+int ksm_region_guard(struct ksm_region *region)
+{
+	if (region->guard)
+		return 0;
+	struct ksm_guard *guard;
+	int r = ksm_guard_create(region->base, region->room, &guard);
+	if (r)
+		return r;
+	for (ksm_pageno page = 0; page < ksm_load_acquire(&region->used); page++) /* merged before it had one */
+		if (ksm_region_frame(region, page) != KSM_NO_FRAME)
+			ksm_guard_set(guard, page, 1, KSM_GUARD_WRITABLE);
+	region->guard = guard;
+	return 0;
+}
+
+uint8_t ksm_region_guard_of(const struct ksm_region *region, ksm_pageno page)
+{
+	return region->guard ? ksm_guard_get(region->guard, page) : (uint8_t)KSM_GUARD_WRITABLE;
+}
+
+void ksm_region_count_breaks(struct ksm_region *region)
+{
+	if (!region->guard)
+		return;
+	uint64_t breaks = ksm_load_relaxed(&region->guard->breaks);
+	ksm_count(region->peer->self, KSM_COW_BREAKS, (int64_t)(breaks - region->breaks_counted));
+	region->breaks_counted = breaks;
+}
+
+bool ksm_region_is_held(const struct ksm_region *region, ksm_pageno page)
+{
+	for (const struct ksm_hold *hold = region->holds; hold; hold = hold->next)
+		if (page >= hold->first && page - hold->first < hold->count)
+			return true;
+	return false;
+}
+
 /* ---- mappings --------------------------------------------------------------------------------------- */
 
 static bool is_boundary(ksm_frameno left, ksm_frameno right)
@@ -147,8 +192,9 @@ size_t ksm_region_boundaries_if(const struct ksm_region *region, ksm_pageno page
 	size_t boundaries = 0;
 	if (page)
 		boundaries += is_boundary(ksm_region_frame(region, page - 1), frame);
+	ksm_frameno last = frame == KSM_NO_FRAME ? frame : frame + (ksm_frameno)count - 1;
 	if (page + count < region->room)
-		boundaries += is_boundary(frame + (ksm_frameno)count - 1, ksm_region_frame(region, page + count));
+		boundaries += is_boundary(last, ksm_region_frame(region, page + count));
 	return boundaries;
 }
 

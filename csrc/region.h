@@ -6,6 +6,7 @@
 #ifndef KSM_REGION_H
 #define KSM_REGION_H
 
+#include "guard.h"
 #include "index.h"
 
 /* What is known of a page; its word's payload in brackets. */
@@ -20,6 +21,13 @@ enum ksm_page_state {
 	KSM_PAGE_STATES
 };
 
+/* Pages that somebody is about to write by system calls: left alone meanwhile. */
+struct ksm_hold {
+	struct ksm_hold *next;
+	ksm_pageno first;
+	size_t count;
+};
+
 struct ksm_region {
 	struct ksm_peer *peer;
 	struct ksm_index *index;
@@ -32,6 +40,11 @@ struct ksm_region {
 	bool background;                  /* merged by the scanner when nobody asks */
 	bool excluded;                    /* unmerged by name: left alone until scanned by name */
 	bool registered;                  /* somebody else's memory */
+	bool sigsegv;                     /* merged pages are read-only, our handler copies them */
+	struct ksm_guard *guard;          /* NULL: no page of it was ever made read-only */
+	uint64_t breaks_counted;          /* of guard->breaks */
+	bool frozen;                      /* some page was frozen, ever */
+	struct ksm_hold *holds;
 	uint64_t states[KSM_PAGE_STATES]; /* pages in each state, UNKNOWN not counted */
 };
 
@@ -55,12 +68,21 @@ bool ksm_region_edge_is_legal(enum ksm_page_state from, enum ksm_page_state to);
 /* Move a page to another state. Counts; frames' references are the caller's. An illegal edge panics. */
 void ksm_region_move(struct ksm_region *region, ksm_pageno page, enum ksm_page_state to, uint64_t payload);
 
+/* Have a guard: 0 or an error. Merge lock held. */
+int ksm_region_guard(struct ksm_region *region);
+/* What its guard says of a page; WRITABLE where there is no guard. */
+uint8_t ksm_region_guard_of(const struct ksm_region *region, ksm_pageno page);
+/* Count the breaks our handler has made since. Merge lock held. */
+void ksm_region_count_breaks(struct ksm_region *region);
+/* Is the page being prepared for writing by system calls? */
+bool ksm_region_is_held(const struct ksm_region *region, ksm_pageno page);
+
 /*
  * How many memory mappings begin inside [page, page + count], seen from what is known: neighbours that are
  * anonymous, or on consecutive frames, share one.
  */
 size_t ksm_region_boundaries(const struct ksm_region *region, ksm_pageno page, size_t count);
-/* The same if `count` pages from `page` were mapped to consecutive frames from `frame`. */
+/* The same if `count` pages from `page` were mapped to consecutive frames from `frame`, or anonymous: KSM_NO_FRAME. */
 size_t ksm_region_boundaries_if(const struct ksm_region *region, ksm_pageno page, size_t count, ksm_frameno frame);
 
 /* The frame a page would like, so that equal layouts give one run: after its neighbours', else by position. */

@@ -6,6 +6,7 @@
 #define KSM_RESTORE_H
 
 #include "barrier.h"
+#include "park.h"
 #include "region.h"
 
 struct ksm_restore_counts {
@@ -13,12 +14,24 @@ struct ksm_restore_counts {
 	uint64_t broken;   /* pages left: private by a write, in a mapping that still refers to their frame */
 };
 
+/* What to do about pages that a write has made private already. */
+enum ksm_restore_broken {
+	KSM_RESTORE_PARKED, /* give them anonymous memory if all threads can be parked, else leave them */
+	KSM_RESTORE_ALWAYS, /* the caller vouches that no direct I/O is in flight to them */
+};
+
 /*
  * Make all merged pages of [first, first + count) private again, contents unchanged, while the program goes on.
- * broken_too: also the pages that a write has made private already; then the caller vouches that no direct I/O is in
- * flight to them. Merge lock held; the scanner's thread only. On error some are still merged, and valid.
+ * Merge lock held; the scanner's thread only. On error some are still merged, and valid.
  */
-int ksm_restore(struct ksm_region *region, struct ksm_barrier *barrier, ksm_pageno first, size_t count, bool broken_too,
-		struct ksm_restore_counts *counts);
+int ksm_restore(struct ksm_region *region, struct ksm_barrier *barrier, struct ksm_park *park, ksm_pageno first,
+		size_t count, enum ksm_restore_broken broken, struct ksm_restore_counts *counts);
+
+/*
+ * Give the broken pages i of [first, first + count) that `worn` names anonymous memory, all threads parked. buffer: room
+ * for `count` pages. *given counts them. Merge lock held; the scanner's thread only. Errors as ksm_park_begin().
+ */
+int ksm_give_back(struct ksm_region *region, struct ksm_barrier *barrier, struct ksm_park *park, ksm_pageno first, size_t count, const bool *worn,
+		  char *buffer, uint64_t *given);
 
 #endif

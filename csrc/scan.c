@@ -31,6 +31,7 @@ int ksm_scanner_init(struct ksm_scanner *scanner, struct ksm_peer *peer, struct 
 	scanner->index = index;
 	scanner->exchange = exchange;
 	scanner->barrier.uffd = -1;
+	scanner->park.tasks = -1;
 	return 0;
 }
 
@@ -38,6 +39,17 @@ void ksm_scanner_fini(struct ksm_scanner *scanner)
 {
 	ksm_merger_fini(&scanner->merger);
 	ksm_barrier_destroy(&scanner->barrier);
+	ksm_park_destroy(&scanner->park);
+}
+
+bool ksm_scanner_has_work(struct ksm_scanner *scanner)
+{
+	bool any = scanner->barrier.ops != NULL;
+	ksm_merge_lock(scanner->peer);
+	for (const struct ksm_region *region = scanner->regions; region && !any; region = region->next)
+		any = region->frozen;
+	ksm_merge_unlock(scanner->peer);
+	return any;
 }
 
 /* ---- regions ------------------------------------------------------------------------------------------ */
@@ -73,6 +85,14 @@ bool ksm_scanner_overlaps(const struct ksm_scanner *scanner, const void *at, siz
 	return false;
 }
 
+void ksm_scanner_count_breaks(struct ksm_scanner *scanner)
+{
+	ksm_merge_lock(scanner->peer);
+	for (struct ksm_region *region = scanner->regions; region; region = region->next)
+		ksm_region_count_breaks(region);
+	ksm_merge_unlock(scanner->peer);
+}
+
 static bool takes_part(const struct ksm_region *region, enum ksm_scan_who who)
 {
 	return !region->excluded && (who == KSM_SCAN_ALL || region->background);
@@ -88,6 +108,15 @@ static size_t used_pages(const struct ksm_region *region)
 static int call_between(const struct ksm_scan_between *between)
 {
 	return between && between->call ? between->call(between->context) : 0;
+}
+
+/* After a stretch, without the merge lock: the share of time in which threads are held is bounded. */
+static int pause_between(struct ksm_scanner *scanner, const struct ksm_scan_between *between)
+{
+	uint64_t rest = ksm_park_rest_ns(&scanner->park);
+	if (rest)
+		ksm_os_sleep_ns(rest);
+	return call_between(between);
 }
 
 static size_t stretch_at(struct ksm_scanner *scanner, struct ksm_region *region, ksm_pageno page, bool force,
@@ -118,6 +147,7 @@ static bool cursor_settle(struct ksm_scanner *scanner)
 static void publish_pass(struct ksm_scanner *scanner, const struct ksm_merge_counts *counts)
 {
 	struct ksm_slot *self = scanner->peer->self;
+	ksm_count_set(self, KSM_STOPS, scanner->park.stops);
 	ksm_count_set(self, KSM_PAGES_UNSHARED, counts->unshared);
 	ksm_count_set(self, KSM_PAGES_VOLATILE, counts->written);
 	if (scanner->regions)
@@ -146,15 +176,23 @@ bool ksm_scan_batch(struct ksm_scanner *scanner, uint64_t pages, uint64_t merges
 		scanner->cursor_page += n;
 		looked += n;
 		ksm_merge_unlock(scanner->peer);
-		int stop = call_between(between);
+		int stop = pause_between(scanner, between);
 		ksm_merge_lock(scanner->peer);
 		if (stop)
 			break;
 	}
-	if (over)
+	if (over) {
 		publish_pass(scanner, &scanner->pass);
+		scanner->merger.passes++;
+	}
 	ksm_merge_unlock(scanner->peer);
 	return over;
+}
+
+/* What gives the next pass something to do. */
+static uint64_t progress(const struct ksm_merge_counts *counts)
+{
+	return counts->merged + counts->dropped + counts->promoted + counts->given_back;
 }
 
 /* The region after which to go on, found again: it may be gone. Merge lock held. */
@@ -189,13 +227,13 @@ int ksm_scan_pass(struct ksm_scanner *scanner, struct ksm_region *only, enum ksm
 			continue;
 		}
 		ksm_merge_unlock(scanner->peer);
-		stop = call_between(between);
+		stop = pause_between(scanner, between);
 		ksm_merge_lock(scanner->peer);
 	}
 	if (!stop && !only) {
 		publish_pass(scanner, &pass);
 		/* -EAGAIN: no frame could be had, because somebody came whose bitmap we do not have yet */
-		bool idle = pass.merged + pass.dropped + pass.promoted == 0 && pass.why_not != -EAGAIN;
+		bool idle = progress(&pass) == 0 && pass.why_not != -EAGAIN;
 		if (who == KSM_SCAN_ALL && idle) {
 			ksm_store_release(&scanner->peer->self->quiet_at, changes);
 			ksm_store_release(&scanner->peer->self->settled_seq, settle_seq);
@@ -207,6 +245,7 @@ int ksm_scan_pass(struct ksm_scanner *scanner, struct ksm_region *only, enum ksm
 	counts->dropped += pass.dropped;
 	counts->promoted += pass.promoted;
 	counts->skipped += pass.skipped;
+	counts->given_back += pass.given_back;
 	counts->unshared = pass.unshared;
 	counts->written = pass.written;
 	counts->why_not = pass.why_not;
@@ -218,12 +257,12 @@ int ksm_scan_exhaust(struct ksm_scanner *scanner, struct ksm_region *only, const
 {
 	int retries = 8;
 	for (*passes = 0;;) {
-		uint64_t before = counts->merged + counts->dropped + counts->promoted;
+		uint64_t before = progress(counts);
 		int stop = ksm_scan_pass(scanner, only, KSM_SCAN_ALL, between, counts);
 		(*passes)++;
 		if (stop)
 			return stop;
-		bool idle = counts->merged + counts->dropped + counts->promoted == before;
+		bool idle = progress(counts) == before;
 		if (idle && counts->why_not == -EAGAIN && retries-- > 0 && !ksm_scan_know_peers(scanner))
 			continue;
 		if ((idle && *passes >= 2) || *passes >= 64)
@@ -272,17 +311,20 @@ int64_t ksm_scan_sweep(struct ksm_scanner *scanner, bool all, const struct ksm_s
 	return error && !freed ? error : freed;
 }
 
-int ksm_scan_restore(struct ksm_scanner *scanner, struct ksm_region *region, bool broken_too,
+#define RESTORE_PAGES 512 /* under one hold of the merge lock */
+
+int ksm_scan_restore(struct ksm_scanner *scanner, struct ksm_region *region, enum ksm_restore_broken broken,
 		     const struct ksm_scan_between *between, struct ksm_restore_counts *counts)
 {
+	struct ksm_park *park = scanner->park.ready ? &scanner->park : NULL;
 	size_t used = used_pages(region);
 	int r = 0;
-	for (ksm_pageno page = 0; page < used && !r; page += 4096) {
+	for (ksm_pageno page = 0; page < used && !r; page += RESTORE_PAGES) {
+		size_t n = KSM_MIN(used - page, (size_t)RESTORE_PAGES);
 		ksm_merge_lock(scanner->peer);
-		r = ksm_restore(region, &scanner->barrier, page, KSM_MIN(used - page, (size_t)4096), broken_too,
-				counts);
+		r = ksm_restore(region, &scanner->barrier, park, page, n, broken, counts);
 		ksm_merge_unlock(scanner->peer);
-		call_between(between);
+		pause_between(scanner, between);
 	}
 	return r;
 }
@@ -306,7 +348,9 @@ static uint64_t occupied(const struct ksm_peer *peer, const void *at, size_t nby
 	uint64_t pages = 0;
 	for (size_t done = 0; at && done < nbytes; done += sizeof(kinds) / sizeof(kinds[0]) * KSM_PAGE_SIZE) {
 		size_t n = KSM_MIN(ksm_pages_of(nbytes - done), KSM_COUNT(kinds));
-		if (ksm_os_pagemap(peer->fds.pagemap, (const char *)at + done, n, kinds))
+		const char *from = (const char *)at + done;
+		bool blind = peer->fds.pagemap < 0;
+		if (blind ? ksm_os_resident(from, n, kinds) : ksm_os_pagemap(peer->fds.pagemap, from, n, kinds))
 			return nbytes;
 		for (size_t i = 0; i < n; i++)
 			pages += (kinds[i] & (KSM_PAGE_PRESENT | KSM_PAGE_SHARED)) == KSM_PAGE_PRESENT;
@@ -325,8 +369,11 @@ uint64_t ksm_scan_metadata(struct ksm_scanner *scanner)
 	nbytes += occupied(peer, scanner->merger.buffer, KSM_STRETCH * KSM_PAGE_SIZE);
 	nbytes += occupied(peer, scanner->barrier.scratch, KSM_WINDOW_PAGES * KSM_PAGE_SIZE);
 	ksm_merge_lock(peer);
-	for (struct ksm_region *region = scanner->regions; region; region = region->next)
+	for (struct ksm_region *region = scanner->regions; region; region = region->next) {
 		nbytes += occupied(peer, region->words, ksm_page_round_up(used_pages(region) * sizeof(uint64_t)));
+		if (region->guard)
+			nbytes += occupied(peer, region->guard->bytes, ksm_page_round_up(used_pages(region)));
+	}
 	ksm_merge_unlock(peer);
 	return nbytes;
 }

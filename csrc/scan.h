@@ -14,6 +14,8 @@ struct ksm_scanner {
 	struct ksm_peer *peer;
 	struct ksm_index *index;
 	struct ksm_exchange *exchange;
+	struct ksm_park park;
+	int park_error; /* 0, or why threads cannot be held at all */
 	struct ksm_barrier barrier;
 	struct ksm_merger merger;
 	struct ksm_region *regions; /* by address; merge lock */
@@ -24,6 +26,12 @@ struct ksm_scanner {
 	struct ksm_merge_counts pass; /* so far */
 	uint64_t private_pages_seen;  /* in the last complete pass */
 };
+
+/* Could anything merge at all? Not if there is no barrier and nothing is frozen. */
+bool ksm_scanner_has_work(struct ksm_scanner *scanner);
+
+/* Count what our handler has broken since, in all regions. */
+void ksm_scanner_count_breaks(struct ksm_scanner *scanner);
 
 /* Which regions take part. */
 enum ksm_scan_who {
@@ -70,7 +78,7 @@ int64_t ksm_scan_sweep(struct ksm_scanner *scanner, bool all, const struct ksm_s
 void ksm_scan_see_breaks(struct ksm_scanner *scanner, struct ksm_region *region,
 			 const struct ksm_scan_between *between);
 /* Make a region private again (see restore.h), taking the merge lock a piece at a time. */
-int ksm_scan_restore(struct ksm_scanner *scanner, struct ksm_region *region, bool broken_too,
+int ksm_scan_restore(struct ksm_scanner *scanner, struct ksm_region *region, enum ksm_restore_broken broken,
 		     const struct ksm_scan_between *between, struct ksm_restore_counts *counts);
 
 /* Bytes of private memory the scanner and the regions use for bookkeeping, bitmap included. */

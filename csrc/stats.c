@@ -27,6 +27,9 @@ void ksm_stats_of_slot(const struct ksm_slot *slot, struct ksm_stats *out)
 	out->cow_breaks = ksm_counter_of(slot, KSM_COW_BREAKS);
 	out->put_backs = ksm_counter_of(slot, KSM_PUT_BACKS);
 	out->failures = ksm_counter_of(slot, KSM_FAILURES);
+	out->give_backs = ksm_counter_of(slot, KSM_GIVE_BACKS);
+	out->stops = ksm_counter_of(slot, KSM_STOPS);
+	out->suspensions = ksm_counter_of(slot, KSM_SUSPENSIONS);
 	out->vmas_used = ksm_counter_of(slot, KSM_VMAS_USED);
 	out->vma_budget = ksm_counter_of(slot, KSM_VMA_BUDGET);
 	out->metadata_bytes = ksm_counter_of(slot, KSM_METADATA_BYTES);
@@ -52,6 +55,9 @@ void ksm_stats_add(struct ksm_stats *sum, const struct ksm_stats *one)
 	sum->cow_breaks += one->cow_breaks;
 	sum->put_backs += one->put_backs;
 	sum->failures += one->failures;
+	sum->give_backs += one->give_backs;
+	sum->stops += one->stops;
+	sum->suspensions += one->suspensions;
 	sum->vmas_used += one->vmas_used;
 	sum->vma_budget += one->vma_budget;
 	sum->metadata_bytes += one->metadata_bytes;

@@ -27,7 +27,10 @@
 	X(PROMOTIONS)                                                                                                  \
 	X(COW_BREAKS)                                                                                                  \
 	X(PUT_BACKS)                                                                                                   \
-	X(FAILURES)
+	X(FAILURES)                                                                                                    \
+	X(GIVE_BACKS)                                                                                                  \
+	X(STOPS)                                                                                                       \
+	X(SUSPENSIONS)
 
 enum ksm_counter {
 #define KSM_COUNTER_ENUM(name) KSM_##name,

@@ -66,6 +66,7 @@ static void *thread_main(void *argument)
 	struct ksm_worker *worker = argument;
 	struct ksm_member *member = &worker->member;
 	pthread_setname_np(pthread_self(), "ksmalloc");
+	ksm_park_exempt(true);
 	int r = ksm_member_own_table(member);
 	if (!r) {
 		worker->signal = ksm_os_signalfd(KSM_WAKE_SIGNAL);
@@ -80,6 +81,8 @@ static void *thread_main(void *argument)
 	pthread_mutex_unlock(&worker->queue);
 	if (!r)
 		ksm_worker_loop(worker);
+	ksm_park_destroy(&member->scanner.park); /* its descriptors end with this thread's table */
+	ksm_park_exempt(false);
 	return NULL;
 }
 
@@ -221,6 +224,8 @@ int ksm_worker_call(struct ksm_worker *worker, int (*function)(struct ksm_member
 
 static int prepare_child(struct ksm_member *member, void *context KSM_UNUSED)
 {
+	if (geteuid() != member->user) /* the child could not reach the old user's rendezvous */
+		ksm_member_follow_user(member);
 	return ksm_member_prepare_child(member);
 }
 

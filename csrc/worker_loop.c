@@ -7,9 +7,11 @@
 #include "worker.h"
 
 #include "atomic.h"
+#include "handler.h"
 #include "os.h"
 
 #include <poll.h>
+#include <unistd.h>
 
 #define MS 1000000ull
 #define SERVE_EVERY_NS (2 * MS)
@@ -18,6 +20,8 @@
 #define SETTLE_FOR_NS (3000 * MS)
 #define LONGEST_REST_NS (1000 * MS)
 #define SHY_NAP_NS (20 * MS)
+#define HANDLER_EVERY_NS (50 * MS)
+#define FOLLOW_AGAIN_NS (2000 * MS)
 
 static struct ksm_worker *worker_of(struct ksm_member *member)
 {
@@ -95,6 +99,18 @@ static void look_around(struct ksm_worker *worker, uint64_t now)
 	}
 }
 
+/* What the program may have done to us since: taken our handler's place, changed its user. */
+static void look_at_program(struct ksm_worker *worker, uint64_t now)
+{
+	struct ksm_member *member = &worker->member;
+	if (ksm_handler_is_installed()) {
+		ksm_handler_check();
+		ksm_count_set(member->peer.self, KSM_SUSPENSIONS, ksm_handler_suspensions());
+	}
+	if (geteuid() != member->user && now >= member->follow_at_ns && ksm_member_follow_user(member))
+		member->follow_at_ns = now + FOLLOW_AGAIN_NS;
+}
+
 /* Tell sleeping peers that there are new frames or candidates. */
 static void give_hints(struct ksm_worker *worker, uint64_t now)
 {
@@ -142,7 +158,7 @@ static bool settle(struct ksm_worker *worker, uint64_t now)
 static void rest_longer(struct ksm_worker *worker, const struct ksm_merge_counts *pass)
 {
 	uint64_t changes = ksm_load_seqcst(&worker->member.peer.control->changes);
-	bool idle = pass->merged + pass->dropped + pass->promoted + pass->written == 0 &&
+	bool idle = pass->merged + pass->dropped + pass->promoted + pass->written + pass->given_back == 0 &&
 		    changes == worker->member.scanner.pass_changes;
 	uint64_t pause = KSM_MAX(worker->settings.sleep_millisecs * MS, MS);
 	worker->rest_ns = idle ? KSM_MIN(KSM_MAX(worker->rest_ns * 2, pause), LONGEST_REST_NS) : 0;
@@ -156,7 +172,7 @@ static uint64_t work(struct ksm_worker *worker)
 	struct ksm_scanner *scanner = &worker->member.scanner;
 	struct ksm_scan_between hook = {between_background, worker};
 	uint64_t pause = worker->settings.sleep_millisecs * MS;
-	if (!worker->settings.run || !scanner->barrier.ops)
+	if (!worker->settings.run || !ksm_scanner_has_work(scanner))
 		return LOOK_EVERY_NS;
 	bool over = ksm_scan_batch(scanner, worker->settings.pages_to_scan, worker->settings.max_pages_to_merge, &hook);
 	if (!over)
@@ -184,6 +200,8 @@ static void nap(struct ksm_worker *worker, uint64_t ns)
 	}
 	/* shy: the program has the same signal pending for itself; do not spin on it */
 	uint64_t most = KSM_MIN(ns, worker->shy ? SHY_NAP_NS : LOOK_EVERY_NS);
+	if (ksm_handler_is_installed())
+		most = KSM_MIN(most, HANDLER_EVERY_NS);
 	set[0] = (struct pollfd){.fd = worker->shy ? -1 : worker->signal, .events = POLLIN};
 	size_t count = 1 + ksm_exchange_poll_set(&worker->member.exchange, set + 1);
 	if (!ksm_load_acquire(&worker->waiting) && !ksm_load_acquire(&worker->stop))
@@ -208,6 +226,7 @@ void ksm_worker_loop(struct ksm_worker *worker)
 		if (ksm_load_acquire(&worker->stop) || !worker->member.joined)
 			return;
 		uint64_t now = ksm_os_now_ns();
+		look_at_program(worker, now);
 		ksm_rendezvous_settings(worker->member.peer.fds.file, &worker->settings);
 		look_around(worker, now);
 		if (worker->settings.run && settle(worker, now)) {

@@ -1,0 +1,194 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * DOC: Looking at pages
+ *
+ * The step "look" of a merge: which pages of the stretch are private, present and cold; which merged ones have been
+ * broken since. What the pagemap says of a page decides, with two exceptions:
+ *
+ *    guarded      a page that we mapped read-only is unbroken while its guard says MERGED, and was copied to anonymous
+ *                 memory by our handler if the guard says OPEN: exact, and free
+ *    no pagemap   a process that is not dumpable (it changed its user) may not read its own. mincore() tells which pages
+ *                 are there, and a merged page that nobody guards is compared with its frame, now and then: if the bytes
+ *                 differ it is broken. A page that was written with the same bytes goes on being called merged, which is
+ *                 wrong about memory and right about bytes.
+ */
+#include "merge.h"
+
+#include "dirty.h"
+#include "os.h"
+#include "page.h"
+
+#define BLIND_EVERY 16 /* passes between two comparisons of merged pages with their frames */
+
+static bool is_blind(const struct ksm_merger *m)
+{
+	return m->peer->fds.pagemap < 0;
+}
+
+static int see_kinds(struct ksm_merger *m)
+{
+	if (!is_blind(m))
+		return ksm_os_pagemap(m->peer->fds.pagemap, ksm_merger_page(m, 0), m->count, m->kinds);
+	return ksm_os_resident(ksm_merger_page(m, 0), m->count, m->kinds);
+}
+
+/* ---- pages mapped to frames -------------------------------------------------------------------------------- */
+
+static void became_broken(struct ksm_merger *m, size_t i)
+{
+	ksm_region_move(m->region, m->first + i, KSM_PAGE_BROKEN, ksm_region_frame(m->region, m->first + i));
+	ksm_count(m->peer->self, KSM_COW_BREAKS, 1);
+}
+
+/* Merged, and not guarded: pages [i, i + n) with consecutive frames. */
+static void compare_with_frames(struct ksm_merger *m, size_t i, size_t n)
+{
+	char *copy = ksm_merger_copy(m, i);
+	if (ksm_frame_read(m->peer, ksm_region_frame(m->region, m->first + i), n, copy))
+		return;
+	for (size_t j = 0; j < n; j++)
+		if (!ksm_page_equal(ksm_merger_page(m, i + j), copy + j * KSM_PAGE_SIZE))
+			became_broken(m, i + j);
+}
+
+static bool is_unguarded(const struct ksm_merger *m, size_t i)
+{
+	return ksm_region_state(m->region, m->first + i) == KSM_PAGE_MERGED &&
+	       KSM_GUARD_STATE(ksm_region_guard_of(m->region, m->first + i)) == KSM_GUARD_WRITABLE;
+}
+
+static void look_without_pagemap(struct ksm_merger *m)
+{
+	for (size_t i = 0, n; i < m->count; i += n ? n : 1) {
+		ksm_frameno frame = ksm_region_frame(m->region, m->first + i);
+		n = 0;
+		while (i + n < m->count && is_unguarded(m, i + n) &&
+		       ksm_region_frame(m->region, m->first + i + n) == frame + n)
+			n++;
+		if (n)
+			compare_with_frames(m, i, n);
+	}
+}
+
+static void look_at_merged(struct ksm_merger *m, size_t i)
+{
+	uint16_t kind = m->kinds[i];
+	switch (KSM_GUARD_STATE(ksm_region_guard_of(m->region, m->first + i))) {
+	case KSM_GUARD_OPEN:
+		ksm_region_forget(m->region, m->first + i, 1);
+		return;
+	case KSM_GUARD_WRITABLE:
+		if (!is_blind(m) &&
+		    ((kind & KSM_PAGE_SWAPPED) || ((kind & KSM_PAGE_PRESENT) && !(kind & KSM_PAGE_FILE))))
+			became_broken(m, i);
+		return;
+	default: /* read-only, or about to be copied */
+		return;
+	}
+}
+
+void ksm_merge_see_breaks(struct ksm_merger *merger, struct ksm_region *region, ksm_pageno first, size_t count)
+{
+	merger->region = region;
+	merger->first = first;
+	merger->count = count;
+	ksm_region_count_breaks(region);
+	if (see_kinds(merger))
+		return;
+	if (is_blind(merger))
+		look_without_pagemap(merger);
+	for (size_t i = 0; i < count; i++)
+		if (ksm_region_state(region, first + i) == KSM_PAGE_MERGED)
+			look_at_merged(merger, i);
+}
+
+/* ---- private pages ------------------------------------------------------------------------------------------ */
+
+/* A page of zeros that was given back. Returns whether there is something in it again. */
+static bool look_at_dropped(struct ksm_merger *m, size_t i)
+{
+	uint16_t kind = m->kinds[i];
+	bool private = (kind & KSM_PAGE_SWAPPED) || ((kind & KSM_PAGE_PRESENT) && !(kind & KSM_PAGE_FILE));
+	if (!private || (kind & KSM_PAGE_SHARED))
+		return false;
+	if (is_blind(m) && ksm_page_is_zero(ksm_merger_page(m, i)))
+		return false; /* read since, perhaps: the kernel's own page of zeros */
+	ksm_region_move(m->region, m->first + i, KSM_PAGE_UNKNOWN, 0);
+	return true;
+}
+
+static bool can_be_had(const struct ksm_merger *m, size_t i)
+{
+	uint16_t kind = m->kinds[i];
+	if (!(kind & KSM_PAGE_PRESENT) || (kind & KSM_PAGE_FILE))
+		return false;
+	const struct ksm_barrier *barrier = ksm_merger_barrier(m, i);
+	return !(kind & KSM_PAGE_SHARED) || (barrier->ops && barrier->ops->shared);
+}
+
+static void look_at_private(struct ksm_merger *m, size_t i)
+{
+	ksm_pageno page = m->first + i;
+	uint16_t kind = m->kinds[i];
+	enum ksm_page_state state = ksm_region_state(m->region, page);
+	if (!can_be_had(m, i)) {
+		if (state != KSM_PAGE_UNKNOWN)
+			ksm_region_unknow(m->region, page);
+		m->counts->skipped += (kind & (KSM_PAGE_SWAPPED | KSM_PAGE_FILE | KSM_PAGE_SHARED)) != 0;
+		return;
+	}
+	uint64_t digest = ksm_page_digest(ksm_merger_page(m, i));
+	enum ksm_dirty dirty = ksm_dirty_query(m->region, page, digest);
+	m->counts->scanned++;
+	m->digests[i] = digest;
+	if (dirty != KSM_DIRTY_UNWRITTEN) {
+		m->counts->written += dirty == KSM_DIRTY_WRITTEN;
+		if (state != KSM_PAGE_UNKNOWN)
+			ksm_region_unknow(m->region, page);
+		ksm_region_move(m->region, page, KSM_PAGE_SEEN, digest);
+		if (!m->force)
+			return;
+	} else if (state == KSM_PAGE_REFUSED && !m->force) {
+		m->counts->skipped++;
+		return;
+	}
+	int ready = ksm_merger_ready(m, i);
+	if (ready) {
+		ksm_merger_why_not(m, ready);
+		m->counts->skipped++;
+		return;
+	}
+	m->verdicts[i] = ksm_page_is_zero(ksm_merger_page(m, i)) ? KSM_MERGE_DROP : KSM_MERGE_LOOK;
+}
+
+bool ksm_merge_look(struct ksm_merger *m)
+{
+	bool any = false;
+	int r = see_kinds(m);
+	if (r) {
+		ksm_merger_why_not(m, r);
+		return false;
+	}
+	ksm_region_count_breaks(m->region);
+	if (is_blind(m) && (m->force || m->passes % BLIND_EVERY == 0))
+		look_without_pagemap(m);
+	for (size_t i = 0; i < m->count; i++) {
+		switch (ksm_region_state(m->region, m->first + i)) {
+		case KSM_PAGE_MERGED:
+			look_at_merged(m, i);
+			break;
+		case KSM_PAGE_BROKEN: /* since before this look, so that what is being written now gets some rest */
+			m->worn[i] = !(m->kinds[i] & KSM_PAGE_SWAPPED) && !ksm_region_is_held(m->region, m->first + i);
+			break;
+		case KSM_PAGE_DROPPED:
+			if (!look_at_dropped(m, i))
+				break;
+			/* fall through */
+		default:
+			if (!ksm_region_is_held(m->region, m->first + i))
+				look_at_private(m, i);
+		}
+		any |= m->verdicts[i] != KSM_MERGE_LEAVE;
+	}
+	return any;
+}

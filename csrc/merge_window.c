@@ -1,0 +1,202 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * DOC: Merging in a window
+ *
+ * The step "window" of a merge: open ▸ compare byte for byte ▸ map or drop ▸ close, and then the page words follow what
+ * has become of each page. Two kinds of windows meet here: the process's barrier for ordinary pages, and for frozen ones,
+ * which nobody can write anyhow, the one that needs nothing but their guards.
+ *
+ * MERGE-1 and MERGE-6 (see merge.c) are kept here.
+ */
+#include "merge.h"
+
+#include "error.h"
+#include "os.h"
+#include "page.h"
+
+#include <errno.h>
+#include <string.h>
+
+#define KSM_POPULATE_WRITE 23 /* MADV_POPULATE_WRITE, Linux 5.14 */
+
+static void became_merged(struct ksm_merger *m, size_t i, size_t n)
+{
+	ksm_pageno page = m->first + i;
+	size_t before = ksm_region_boundaries(m->region, page, n);
+	for (size_t j = i; j < i + n; j++) {
+		if (ksm_region_state(m->region, m->first + j) == KSM_PAGE_CANDIDATE)
+			ksm_candidate_remove(m->index, m->peer, ksm_region_digest(m->region, m->first + j),
+					     ksm_merger_page(m, j));
+		ksm_region_move(m->region, m->first + j, KSM_PAGE_MERGED, m->targets[j]);
+		m->verdicts[j] = KSM_MERGE_LEAVE;
+	}
+	size_t after = ksm_region_boundaries(m->region, page, n);
+	ksm_peer_count_vmas(m->peer, (int64_t)after - (int64_t)before);
+	ksm_count(m->peer->self, KSM_MERGES, (int64_t)n);
+	m->counts->merged += n;
+}
+
+static void became_dropped(struct ksm_merger *m, size_t i)
+{
+	if (ksm_region_state(m->region, m->first + i) == KSM_PAGE_CANDIDATE)
+		ksm_region_unknow(m->region, m->first + i);
+	if (ksm_region_state(m->region, m->first + i) == KSM_PAGE_UNKNOWN)
+		ksm_region_move(m->region, m->first + i, KSM_PAGE_SEEN, m->digests[i]);
+	ksm_region_move(m->region, m->first + i, KSM_PAGE_DROPPED, 0);
+	m->verdicts[i] = KSM_MERGE_LEAVE;
+	ksm_count(m->peer->self, KSM_ZERO_MERGES, 1);
+	m->counts->dropped++;
+}
+
+/* Map [j, j + run) of the window, pages [i + j, …) of the stretch. */
+static void map_run(struct ksm_merger *m, struct ksm_barrier *window, size_t i, size_t j, size_t run)
+{
+	bool frozen = ksm_merger_is_frozen(m, i + j), writable = !frozen && !m->region->sigsegv;
+	uint64_t offset = (uint64_t)m->targets[i + j] << KSM_PAGE_SHIFT;
+	if (ksm_window_map(window, j, run, m->peer->fds.store, offset, writable)) {
+		ksm_count(m->peer->self, KSM_FAILURES, 1);
+		return;
+	}
+	if (m->region->guard && window->ops->kind != KSM_BARRIER_SEGV) /* MERGE-6; that one does it itself */
+		ksm_guard_set(m->region->guard, m->first + i + j, run, writable ? KSM_GUARD_WRITABLE : KSM_GUARD_MERGED);
+}
+
+static bool is_wanted(const struct ksm_merger *m, size_t i)
+{
+	return m->verdicts[i] == KSM_MERGE_MAP || m->verdicts[i] == KSM_MERGE_DROP;
+}
+
+/* Inside the window: MERGE-1. Pages [i, i + n) of the stretch are pages [0, n) of the window. */
+static void decide(struct ksm_merger *m, struct ksm_barrier *window, size_t i, size_t n)
+{
+	const char *view = window->view;
+	bool equal[KSM_STRETCH];
+	for (size_t j = 0; j < n; j++) {
+		const char *page = view + j * KSM_PAGE_SIZE;
+		equal[j] = is_wanted(m, i + j) &&
+			   (m->verdicts[i + j] == KSM_MERGE_DROP ? ksm_page_is_zero(page)
+								 : ksm_page_equal(page, ksm_merger_copy(m, i + j)));
+	}
+	for (size_t j = 0, run; j < n; j += run) {
+		run = 1;
+		if (!equal[j])
+			continue;
+		if (m->verdicts[i + j] == KSM_MERGE_DROP) {
+			while (j + run < n && equal[j + run] && m->verdicts[i + j + run] == KSM_MERGE_DROP)
+				run++;
+			if (ksm_window_drop(window, j, run))
+				ksm_count(m->peer->self, KSM_FAILURES, 1);
+			continue;
+		}
+		while (j + run < n && equal[j + run] && m->verdicts[i + j + run] == KSM_MERGE_MAP &&
+		       m->targets[i + j + run] == m->targets[i + j] + run)
+			run++;
+		map_run(m, window, i, j, run);
+	}
+}
+
+static void settle_fates(struct ksm_merger *m, size_t i, size_t n, const uint8_t *fates)
+{
+	for (size_t j = 0, run; j < n; j += run) {
+		run = 1;
+		if (fates[j] == KSM_WINDOW_MAPPED) {
+			while (j + run < n && fates[j + run] == KSM_WINDOW_MAPPED)
+				run++;
+			became_merged(m, i + j, run);
+		} else if (fates[j] == KSM_WINDOW_DROPPED) {
+			became_dropped(m, i + j);
+		} else if (is_wanted(m, i + j)) {
+			if (m->verdicts[i + j] == KSM_MERGE_MAP)
+				ksm_merge_let_go(m, i + j);
+			m->verdicts[i + j] = KSM_MERGE_LEAVE;
+			ksm_region_unknow(m->region, m->first + i + j);
+			ksm_count(m->peer->self, KSM_PUT_BACKS, 1);
+		}
+	}
+}
+
+/* The kernel would not open the window at page i. */
+static void refused(struct ksm_merger *m, size_t i, size_t n, int error)
+{
+	bool all = error <= KSM_EUNSUPPORTED; /* one of our own codes: not about these pages */
+	bool refuses = error == -EBUSY || (error == -EINVAL && n == 1); /* pinned, shared by fork, locked */
+	size_t affected = refuses ? 1 : n;
+	for (size_t j = i; j < i + affected; j++) {
+		if (!is_wanted(m, j))
+			continue;
+		if (m->verdicts[j] == KSM_MERGE_MAP)
+			ksm_merge_let_go(m, j);
+		m->verdicts[j] = KSM_MERGE_LEAVE;
+		if (all)
+			continue;
+		ksm_region_unknow(m->region, m->first + j);
+		if (refuses) {
+			ksm_region_move(m->region, m->first + j, KSM_PAGE_SEEN, m->digests[j]);
+			ksm_region_move(m->region, m->first + j, KSM_PAGE_REFUSED, m->digests[j]);
+		}
+	}
+	m->counts->skipped += affected;
+	if (!refuses)
+		ksm_merger_why_not(m, error);
+	if (!refuses && !all)
+		ksm_count(m->peer->self, KSM_FAILURES, 1);
+}
+
+/*
+ * A page that was shared by a fork whose other side is gone is ours alone, but the kernel knows only after the next
+ * write. Asking for write access writes nothing and tells it. Pinned pages stay refused.
+ */
+static int open_window(struct ksm_merger *m, struct ksm_barrier *window, size_t i, size_t *n)
+{
+	char *at = ksm_merger_page(m, i);
+	int r = ksm_window_open(window, at, *n);
+	if (window->ops->kind != KSM_BARRIER_MOVE)
+		return r;
+	if (r == -EBUSY && !ksm_os_advise(at, *n * KSM_PAGE_SIZE, KSM_POPULATE_WRITE))
+		r = ksm_window_open(window, at, *n);
+	while (r == -EINVAL && *n > 1) { /* two mappings: pages move within one */
+		*n = (*n + 1) / 2;
+		r = ksm_window_open(window, at, *n);
+	}
+	return r;
+}
+
+/* Pages from i that one window can cover: all wanted, or, in place, also what lies between wanted ones. */
+static size_t window_at(const struct ksm_merger *m, const struct ksm_barrier *window, size_t i)
+{
+	size_t n = 0;
+	for (size_t j = i; j < m->count && ksm_merger_barrier(m, j) == window; j++) {
+		if (is_wanted(m, j))
+			n = j + 1 - i;
+		else if (!window->ops->in_place)
+			break;
+	}
+	return n;
+}
+
+void ksm_merge_windows(struct ksm_merger *m)
+{
+	uint8_t fates[KSM_STRETCH];
+	for (size_t i = 0; i < m->count;) {
+		struct ksm_barrier *window = ksm_merger_is_frozen(m, i) ? &m->frozen : m->barrier;
+		size_t n = is_wanted(m, i) ? window_at(m, window, i) : 0;
+		if (n == 0) {
+			i++;
+			continue;
+		}
+		int r = open_window(m, window, i, &n);
+		if (r) {
+			refused(m, i, n, r);
+			i += r == -EBUSY ? 1 : n;
+			continue;
+		}
+		n = window->pages;
+		decide(m, window, i, n);
+		memcpy(fates, window->fate, n);
+		unsigned failures = ksm_window_close(window);
+		if (failures)
+			ksm_count(m->peer->self, KSM_FAILURES, failures);
+		settle_fates(m, i, n, fates);
+		i += n;
+	}
+}

@@ -1,0 +1,72 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * DOC: One thread
+ *
+ * Small looks into /proc/self/task/TID. They may be late by the time they return, but for threads that cannot run.
+ * Called by scanners, also while all other threads are held.
+ */
+#include "thread.h"
+
+#include "os.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+
+/* A file of a thread's; its length, 0 if it cannot be had. */
+static int read_of(int tasks, int tid, const char *file, char *text, size_t room)
+{
+	char path[40], digits[12];
+	size_t first = sizeof(digits) - 1, n = 0;
+	digits[first] = 0;
+	for (unsigned number = (unsigned)tid; number; number /= 10)
+		digits[--first] = (char)('0' + number % 10);
+	for (const char *from = digits + first; *from; from++)
+		path[n++] = *from;
+	path[n++] = '/';
+	memcpy(path + n, file, strlen(file) + 1);
+	int r = ksm_os_read_file(tasks, path, text, room);
+	return r < 0 ? 0 : r;
+}
+
+char ksm_thread_state(int tasks, int tid, char name[KSM_THREAD_NAME])
+{
+	char text[128];
+	name[0] = 0;
+	if (!read_of(tasks, tid, "stat", text, sizeof(text)))
+		return 0;
+	const char *from = strchr(text, '('), *to = strrchr(text, ')');
+	if (!from || !to || !to[1])
+		return 0;
+	size_t n = KSM_MIN((size_t)(to - from - 1), (size_t)KSM_THREAD_NAME - 1);
+	memcpy(name, from + 1, n);
+	name[n] = 0;
+	return to[2];
+}
+
+bool ksm_thread_blocks(int tasks, int tid, int signal)
+{
+	char text[4096];
+	if (!read_of(tasks, tid, "status", text, sizeof(text)))
+		return false;
+	const char *field = strstr(text, "\nSigBlk:");
+	return field && strtoull(field + 8, NULL, 16) >> (signal - 1) & 1;
+}
+
+bool ksm_thread_in_vfork(int tasks, int tid)
+{
+	char text[64];
+	if (!read_of(tasks, tid, "syscall", text, sizeof(text)))
+		return false;
+	long number = strtol(text, NULL, 10); /* "running" reads as 0, and is none of these */
+#ifdef SYS_vfork
+	if (number == SYS_vfork)
+		return true;
+#endif
+	return number == SYS_clone || number == SYS_clone3;
+}
+
+bool ksm_thread_is_kernels(const char *name)
+{
+	return !strncmp(name, "iou-wrk-", 8) || !strncmp(name, "iou-sqp-", 8) || !strncmp(name, "vhost-", 6);
+}
