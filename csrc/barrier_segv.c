@@ -170,7 +170,7 @@ static int fill_hole(struct ksm_barrier *barrier, size_t page, int store, uint64
 	r = ksm_os_pread(store, fresh, KSM_PAGE_SIZE, offset);
 	if (!r)
 		r = ksm_os_protect(fresh, KSM_PAGE_SIZE, false);
-	if (!r)
+	if (!r && fresh != at) /* the kernel may have chosen the hole itself */
 		r = ksm_os_remap(fresh, at, KSM_PAGE_SIZE);
 	if (r)
 		munmap(fresh, KSM_PAGE_SIZE);
@@ -228,7 +228,6 @@ static unsigned segv_close(struct ksm_barrier *barrier)
 const struct ksm_barrier_ops ksm_barrier_segv = {
 	.name = "segv",
 	.kind = KSM_BARRIER_SEGV,
-	.in_place = true,
 	.shared = true,
 	.create = segv_create,
 	.destroy = segv_destroy,

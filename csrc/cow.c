@@ -209,11 +209,9 @@ static struct tries *tries_of(int tid)
 {
 	size_t home = (uint32_t)tid * 2654435761u / (UINT32_MAX / THREADS + 1);
 	struct tries *mine = NULL;
-	for (size_t i = 0; i < PROBES && !mine; i++) {
-		struct tries *one = &tries[(home + i) % THREADS];
-		if (ksm_load_relaxed(&one->tid) == tid)
-			return one;
-	}
+	for (size_t i = 0; i < PROBES; i++)
+		if (ksm_load_relaxed(&tries[(home + i) % THREADS].tid) == tid)
+			return &tries[(home + i) % THREADS];
 	for (size_t i = 0; i < PROBES && !mine; i++) {
 		int nobody = 0;
 		struct tries *one = &tries[(home + i) % THREADS];

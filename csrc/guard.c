@@ -112,7 +112,7 @@ int ksm_guard_create(void *base, size_t pages, struct ksm_guard **out)
 
 void ksm_guard_destroy(struct ksm_guard *guard)
 {
-	ksm_add_seqcst(&destroyed, 1); /* before it cannot be found any more */
+	ksm_add_seqcst(&destroyed, 1);                           /* before it cannot be found any more */
 	uint32_t sequence = ksm_add_seqcst(&guard->sequence, 1); /* odd */
 	ksm_assert(!(sequence & 1));
 	ksm_fence_seqcst();

@@ -48,17 +48,26 @@ static void became_dropped(struct ksm_merger *m, size_t i)
 	m->counts->dropped++;
 }
 
-/* Map [j, j + run) of the window, pages [i + j, …) of the stretch. */
+/*
+ * Map [j, j + run) of the window, pages [i + j, …) of the stretch. A mapping that is read-only is open to stores at once,
+ * while the window still keeps others out: so its guard says BUSY before, and MERGED after (MERGE-6). "segv" does so itself.
+ */
 static void map_run(struct ksm_merger *m, struct ksm_barrier *window, size_t i, size_t j, size_t run)
 {
-	bool frozen = ksm_merger_is_frozen(m, i + j), writable = !frozen && !m->region->sigsegv;
+	bool writable = !ksm_merger_is_frozen(m, i + j) && !m->region->sigsegv;
+	struct ksm_guard *guard = window->ops->kind == KSM_BARRIER_SEGV ? NULL : m->region->guard;
+	ksm_pageno page = m->first + i + j;
 	uint64_t offset = (uint64_t)m->targets[i + j] << KSM_PAGE_SHIFT;
-	if (ksm_window_map(window, j, run, m->peer->fds.store, offset, writable)) {
+	uint8_t was[KSM_STRETCH];
+	for (size_t k = 0; guard && k < run; k++)
+		was[k] = ksm_guard_get(guard, page + k);
+	if (guard && !writable)
+		ksm_guard_set(guard, page, run, KSM_GUARD_BUSY);
+	int r = ksm_window_map(window, j, run, m->peer->fds.store, offset, writable);
+	for (size_t k = 0; guard && k < run; k++)
+		ksm_guard_set(guard, page + k, 1, r ? was[k] : writable ? KSM_GUARD_WRITABLE : KSM_GUARD_MERGED);
+	if (r)
 		ksm_count(m->peer->self, KSM_FAILURES, 1);
-		return;
-	}
-	if (m->region->guard && window->ops->kind != KSM_BARRIER_SEGV) /* MERGE-6; that one does it itself */
-		ksm_guard_set(m->region->guard, m->first + i + j, run, writable ? KSM_GUARD_WRITABLE : KSM_GUARD_MERGED);
 }
 
 static bool is_wanted(const struct ksm_merger *m, size_t i)

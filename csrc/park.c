@@ -276,7 +276,8 @@ static void say(struct ksm_park *park, const char *text)
 
 static int begin_locked(struct ksm_park *park)
 {
-	if (park->culprit && ksm_thread_blocks(park->tasks, park->culprit, ksm_gate_signal()))
+	if (park->culprit && !ksm_park_is_exempt(park->culprit) &&
+	    ksm_thread_blocks(park->tasks, park->culprit, ksm_gate_signal()))
 		return park->why; /* PARK-3: the others are left in peace */
 	park->culprit = 0;
 	park->reason[0] = 0;

@@ -306,13 +306,13 @@ static int restore_held(struct ksm_region *region, struct ksm_barrier *barrier, 
 
 /* ---- the ways in their order --------------------------------------------------------------------------------- */
 
-/* Pages from `page` that refer to frames, all guarded or none. */
+/* Pages from `page` that refer to frames, all guarded or none, all held for writing or none. */
 static size_t run_at(const struct ksm_region *region, const struct ksm_barrier *barrier, ksm_pageno page, ksm_pageno end)
 {
-	bool guarded = is_guarded(region, barrier, page);
+	bool guarded = is_guarded(region, barrier, page), held = ksm_region_is_held(region, page);
 	size_t n = 0;
 	while (n < MOST && page + n < end && is_framed(region, page + n) &&
-	       is_guarded(region, barrier, page + n) == guarded)
+	       is_guarded(region, barrier, page + n) == guarded && ksm_region_is_held(region, page + n) == held)
 		n++;
 	return n;
 }
@@ -348,7 +348,9 @@ int ksm_restore(struct ksm_region *region, struct ksm_barrier *barrier, struct k
 {
 	int r = 0;
 	for (ksm_pageno page = first, end = first + count; page < end && !r;) {
-		size_t n = is_framed(region, page) ? run_at(region, barrier, page, end) : 0;
+		bool left = broken == KSM_RESTORE_PARKED && ksm_region_is_held(region, page); /* private, and in use */
+		size_t n = is_framed(region, page) && !left ? run_at(region, barrier, page, end) : 0;
+		counts->broken += left;
 		if (n)
 			r = restore_run(region, barrier, park, page, n, broken, counts);
 		page += n ? n : 1;

@@ -144,6 +144,15 @@ static bool cursor_settle(struct ksm_scanner *scanner)
 	return false;
 }
 
+/* Nothing may have been tried in this pass, because threads cannot be held. */
+static void publish_why_not(struct ksm_scanner *scanner, int why_not)
+{
+	const struct ksm_barrier_ops *ops = scanner->barrier.ops;
+	if (!why_not && ops && ops->kind == KSM_BARRIER_STOP)
+		why_not = scanner->park.why;
+	ksm_store_relaxed(&scanner->peer->self->why_not, why_not);
+}
+
 static void publish_pass(struct ksm_scanner *scanner, const struct ksm_merge_counts *counts)
 {
 	struct ksm_slot *self = scanner->peer->self;
@@ -152,7 +161,7 @@ static void publish_pass(struct ksm_scanner *scanner, const struct ksm_merge_cou
 	ksm_count_set(self, KSM_PAGES_VOLATILE, counts->written);
 	if (scanner->regions)
 		ksm_count(self, KSM_FULL_SCANS, 1);
-	ksm_store_relaxed(&self->why_not, counts->why_not);
+	publish_why_not(scanner, counts->why_not);
 }
 
 bool ksm_scan_batch(struct ksm_scanner *scanner, uint64_t pages, uint64_t merges,
@@ -193,6 +202,17 @@ bool ksm_scan_batch(struct ksm_scanner *scanner, uint64_t pages, uint64_t merges
 static uint64_t progress(const struct ksm_merge_counts *counts)
 {
 	return counts->merged + counts->dropped + counts->promoted + counts->given_back;
+}
+
+void ksm_scan_try_park(struct ksm_scanner *scanner)
+{
+	struct ksm_park *park = &scanner->park;
+	const struct ksm_barrier_ops *ops = scanner->barrier.ops;
+	if (!ops || ops->kind != KSM_BARRIER_STOP || !park->why || ksm_park_ready(park))
+		return;
+	if (!ksm_park_begin(park))
+		ksm_park_end(park);
+	publish_why_not(scanner, 0);
 }
 
 /* The region after which to go on, found again: it may be gone. Merge lock held. */
@@ -238,6 +258,8 @@ int ksm_scan_pass(struct ksm_scanner *scanner, struct ksm_region *only, enum ksm
 			ksm_store_release(&scanner->peer->self->quiet_at, changes);
 			ksm_store_release(&scanner->peer->self->settled_seq, settle_seq);
 		}
+	} else if (!stop) {
+		publish_why_not(scanner, pass.why_not);
 	}
 	ksm_merge_unlock(scanner->peer);
 	counts->scanned += pass.scanned;

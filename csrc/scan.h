@@ -69,6 +69,9 @@ int ksm_scan_pass(struct ksm_scanner *scanner, struct ksm_region *only, enum ksm
 int ksm_scan_exhaust(struct ksm_scanner *scanner, struct ksm_region *only, const struct ksm_scan_between *between,
 		     struct ksm_merge_counts *counts, uint64_t *passes);
 
+/* Threads could not be held the last time: look now and then whether they can by now, though nothing is to be merged. */
+void ksm_scan_try_park(struct ksm_scanner *scanner);
+
 /* Make sure every living peer's bitmap is at hand, asking for what is missing. 0 or -EAGAIN. */
 int ksm_scan_know_peers(struct ksm_scanner *scanner);
 /* Sweep the marked chunks (all: every chunk). Returns frames freed, or -EAGAIN: some chunks stay marked. */

@@ -107,6 +107,7 @@ static void look_at_program(struct ksm_worker *worker, uint64_t now)
 		ksm_handler_check();
 		ksm_count_set(member->peer.self, KSM_SUSPENSIONS, ksm_handler_suspensions());
 	}
+	ksm_scan_try_park(&member->scanner);
 	if (geteuid() != member->user && now >= member->follow_at_ns && ksm_member_follow_user(member))
 		member->follow_at_ns = now + FOLLOW_AGAIN_NS;
 }
