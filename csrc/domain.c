@@ -36,6 +36,32 @@ static bool is_same(const struct ksm_domain *domain, const struct ksm_domain_opt
 	return !strcmp(member->options.path, options->path);
 }
 
+/* The first barrier that is asked for by name takes the place of the one that was chosen. In the scanner's thread. */
+static int ask_for(struct ksm_member *member, void *context)
+{
+	int wanted = *(const int *)context;
+	struct ksm_scanner *scanner = &member->scanner;
+	struct ksm_slot *self = member->peer.self;
+	struct ksm_barrier fresh;
+	if (ksm_load_relaxed(&self->barrier) == wanted) {
+		member->options.barrier = wanted;
+		return 0;
+	}
+	if (member->options.barrier != KSM_BARRIER_AUTO)
+		return KSM_EBARRIER;
+	struct ksm_park *park = scanner->park.ready ? &scanner->park : NULL;
+	if (ksm_barrier_create(&fresh, (enum ksm_barrier_kind)wanted, park, -1))
+		return KSM_EBARRIER;
+	ksm_merge_lock(&member->peer);
+	ksm_barrier_destroy(&scanner->barrier);
+	scanner->barrier = fresh;
+	member->options.barrier = wanted;
+	ksm_store_relaxed(&self->barrier, wanted);
+	ksm_store_relaxed(&self->why_not, 0);
+	ksm_merge_unlock(&member->peer);
+	return 0;
+}
+
 /* The same membership under other wishes. */
 static int check_wishes(struct ksm_domain *domain, const struct ksm_domain_options *options)
 {
@@ -44,10 +70,8 @@ static int check_wishes(struct ksm_domain *domain, const struct ksm_domain_optio
 		return KSM_EBACKING;
 	if (options->barrier == KSM_BARRIER_AUTO || !member->peer.self)
 		return 0;
-	ksm_merge_lock(&member->peer);
-	int barrier = ksm_load_relaxed(&member->peer.self->barrier);
-	ksm_merge_unlock(&member->peer);
-	return barrier == options->barrier ? 0 : KSM_EBARRIER;
+	int barrier = options->barrier;
+	return ksm_worker_call(&domain->worker, ask_for, &barrier);
 }
 
 static int make(const struct ksm_domain_options *options, struct ksm_domain **out)
