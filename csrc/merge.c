@@ -196,25 +196,60 @@ static void keep_budget(struct ksm_merger *m)
 
 /* ---- broken pages ------------------------------------------------------------------------------------------- */
 
+/* What changes in mappings if [i, i + n) became anonymous. */
+static int64_t cost_of(const struct ksm_merger *m, size_t i, size_t n)
+{
+	return (int64_t)ksm_region_boundaries_if(m->region, m->first + i, n, KSM_NO_FRAME) -
+	       (int64_t)ksm_region_boundaries(m->region, m->first + i, n);
+}
+
+static bool can_go(const struct ksm_merger *m, size_t i)
+{
+	return ksm_region_frame(m->region, m->first + i) != KSM_NO_FRAME &&
+	       KSM_GUARD_STATE(ksm_region_guard_of(m->region, m->first + i)) == KSM_GUARD_WRITABLE &&
+	       !ksm_region_is_held(m->region, m->first + i) && !(m->kinds[i] & KSM_PAGE_SWAPPED);
+}
+
+/*
+ * Worn pages [i, i + n) would cost mappings that the budget has not got. Where at least half of all that lies around
+ * them is worn, the whole neighbourhood goes: that costs none. Returns how far this has been decided.
+ */
+static size_t give_neighbourhood(struct ksm_merger *m, size_t i, size_t n)
+{
+	size_t low = i, end = i + n, worn = 0;
+	while (low > 0 && can_go(m, low - 1))
+		low--;
+	while (end < m->count && can_go(m, end))
+		end++;
+	for (size_t j = low; j < end; j++)
+		worn += m->worn[j];
+	bool all = 2 * worn >= end - low && cost_of(m, low, end - low) <= 0;
+	memset(m->worn + (all ? low : i), all, all ? end - low : n);
+	return all ? end : i + n;
+}
+
 static void give_back(struct ksm_merger *m)
 {
 	uint64_t used = (uint64_t)KSM_MAX(m->peer->vmas_used, 0), given = 0;
 	bool any = false;
-	for (size_t i = 0, n; i < m->count; i += n ? n : 1) {
-		for (n = 0; i + n < m->count && m->worn[i + n];)
+	for (size_t i = 0; i < m->count;) {
+		size_t n = 0;
+		while (i + n < m->count && m->worn[i + n])
 			n++;
-		if (!n)
-			continue;
-		size_t before = ksm_region_boundaries(m->region, m->first + i, n);
-		size_t after = ksm_region_boundaries_if(m->region, m->first + i, n, KSM_NO_FRAME);
-		bool costs = after > before;
-		if (costs && (n < ksm_merger_least_run(m, used) || used + (after - before) > m->vma_budget)) {
-			memset(m->worn + i, 0, n);
+		if (!n) {
+			i++;
 			continue;
 		}
-		used += costs ? after - before : 0;
-		any = true;
+		int64_t cost = cost_of(m, i, n);
+		if (cost > 0 && (n < ksm_merger_least_run(m, used) || used + (uint64_t)cost > m->vma_budget)) {
+			i = give_neighbourhood(m, i, n);
+		} else {
+			used += (uint64_t)KSM_MAX(cost, 0);
+			i += n;
+		}
 	}
+	for (size_t i = 0; i < m->count; i++)
+		any |= m->worn[i];
 	if (!any)
 		return;
 	int r = ksm_give_back(m->region, m->barrier, m->park, m->first, m->count, m->worn, m->buffer, &given);

@@ -15,6 +15,7 @@
 #include "scan.h"
 
 #include "atomic.h"
+#include "error.h"
 #include "os.h"
 
 #include <errno.h>
@@ -198,6 +199,14 @@ bool ksm_scan_batch(struct ksm_scanner *scanner, uint64_t pages, uint64_t merges
 	return over;
 }
 
+#define PATIENT_WITH 4 /* failures to hold threads in a row: a busy machine, perhaps */
+
+/* Could threads not be held, and is that likely to pass? */
+static bool should_retry(const struct ksm_scanner *scanner, const struct ksm_merge_counts *counts)
+{
+	return counts->why_not == KSM_EUNSTOPPABLE && scanner->park.in_a_row < PATIENT_WITH;
+}
+
 /* What gives the next pass something to do. */
 static uint64_t progress(const struct ksm_merge_counts *counts)
 {
@@ -253,7 +262,7 @@ int ksm_scan_pass(struct ksm_scanner *scanner, struct ksm_region *only, enum ksm
 	if (!stop && !only) {
 		publish_pass(scanner, &pass);
 		/* -EAGAIN: no frame could be had, because somebody came whose bitmap we do not have yet */
-		bool idle = progress(&pass) == 0 && pass.why_not != -EAGAIN;
+		bool idle = progress(&pass) == 0 && pass.why_not != -EAGAIN && !should_retry(scanner, &pass);
 		if (who == KSM_SCAN_ALL && idle) {
 			ksm_store_release(&scanner->peer->self->quiet_at, changes);
 			ksm_store_release(&scanner->peer->self->settled_seq, settle_seq);
@@ -285,6 +294,13 @@ int ksm_scan_exhaust(struct ksm_scanner *scanner, struct ksm_region *only, const
 		if (stop)
 			return stop;
 		bool idle = progress(counts) == before;
+		if (idle && should_retry(scanner, counts)) {
+			uint64_t now = ksm_os_now_ns(), at = scanner->park.retry_at_ns;
+			ksm_os_sleep_ns(at > now ? at - now : 0);
+			if (call_between(between))
+				return 1;
+			continue;
+		}
 		if (idle && counts->why_not == -EAGAIN && retries-- > 0 && !ksm_scan_know_peers(scanner))
 			continue;
 		if ((idle && *passes >= 2) || *passes >= 64)

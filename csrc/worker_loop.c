@@ -128,60 +128,6 @@ static void give_hints(struct ksm_worker *worker, uint64_t now)
 	}
 }
 
-static bool is_quiet(const struct ksm_peer *peer)
-{
-	return ksm_load_acquire(&peer->self->quiet_at) == ksm_load_seqcst(&peer->control->changes) &&
-	       ksm_load_acquire(&peer->self->settled_seq) == ksm_load_seqcst(&peer->control->settle_seq);
-}
-
-/* Is somebody settling? Then passes are made at once, ignoring age, until this peer is quiet. */
-static bool settle(struct ksm_worker *worker, uint64_t now)
-{
-	struct ksm_peer *peer = &worker->member.peer;
-	uint64_t beats = ksm_load_relaxed(&peer->control->settle_beats);
-	if (beats != worker->settle_beats)
-		worker->settle_until_ns = now + SETTLE_FOR_NS;
-	worker->settle_beats = beats;
-	worker->member.exchange.woken = false;
-	if (now >= worker->settle_until_ns)
-		return false;
-	if (!is_quiet(peer)) {
-		struct ksm_merge_counts counts = {0};
-		struct ksm_scan_between hook = {between_settle, worker};
-		ksm_scan_pass(&worker->member.scanner, NULL, KSM_SCAN_ALL, &hook, &counts);
-		worker->looked_ns = 0;
-		if (worker->member.joined && is_quiet(peer))
-			ksm_merger_rest(&worker->member.scanner.merger);
-	}
-	return true;
-}
-
-static void rest_longer(struct ksm_worker *worker, const struct ksm_merge_counts *pass)
-{
-	uint64_t changes = ksm_load_seqcst(&worker->member.peer.control->changes);
-	bool idle = pass->merged + pass->dropped + pass->promoted + pass->written + pass->given_back == 0 &&
-		    changes == worker->member.scanner.pass_changes;
-	uint64_t pause = KSM_MAX(worker->settings.sleep_millisecs * MS, MS);
-	worker->rest_ns = idle ? KSM_MIN(KSM_MAX(worker->rest_ns * 2, pause), LONGEST_REST_NS) : 0;
-	if (idle)
-		ksm_merger_rest(&worker->member.scanner.merger);
-}
-
-/* A batch of the background pass. Returns how long to sleep. */
-static uint64_t work(struct ksm_worker *worker)
-{
-	struct ksm_scanner *scanner = &worker->member.scanner;
-	struct ksm_scan_between hook = {between_background, worker};
-	uint64_t pause = worker->settings.sleep_millisecs * MS;
-	if (!worker->settings.run || !ksm_scanner_has_work(scanner))
-		return LOOK_EVERY_NS;
-	bool over = ksm_scan_batch(scanner, worker->settings.pages_to_scan, worker->settings.max_pages_to_merge, &hook);
-	if (!over)
-		return pause;
-	rest_longer(worker, &scanner->pass);
-	return KSM_MAX(pause, worker->rest_ns);
-}
-
 /* Take as many signals as were sent to us. */
 static bool hear_kicks(struct ksm_worker *worker)
 {
@@ -216,6 +162,62 @@ static void nap(struct ksm_worker *worker, uint64_t ns)
 	}
 	worker->served_ns = ksm_os_now_ns();
 	ksm_exchange_serve(&worker->member.exchange, &worker->member.peer);
+}
+
+static bool is_quiet(const struct ksm_peer *peer)
+{
+	return ksm_load_acquire(&peer->self->quiet_at) == ksm_load_seqcst(&peer->control->changes) &&
+	       ksm_load_acquire(&peer->self->settled_seq) == ksm_load_seqcst(&peer->control->settle_seq);
+}
+
+/* Is somebody settling? Then passes are made at once, ignoring age, until this peer is quiet. */
+static bool settle(struct ksm_worker *worker, uint64_t now)
+{
+	struct ksm_peer *peer = &worker->member.peer;
+	uint64_t beats = ksm_load_relaxed(&peer->control->settle_beats);
+	if (beats != worker->settle_beats)
+		worker->settle_until_ns = now + SETTLE_FOR_NS;
+	worker->settle_beats = beats;
+	worker->member.exchange.woken = false;
+	if (now >= worker->settle_until_ns)
+		return false;
+	if (!is_quiet(peer)) {
+		struct ksm_merge_counts counts = {0};
+		struct ksm_scan_between hook = {between_settle, worker};
+		ksm_scan_pass(&worker->member.scanner, NULL, KSM_SCAN_ALL, &hook, &counts);
+		worker->looked_ns = 0;
+		if (worker->member.joined && is_quiet(peer))
+			ksm_merger_rest(&worker->member.scanner.merger);
+		else if (ksm_park_ready(&worker->member.scanner.park)) /* threads could not be held; soon again */
+			nap(worker, 2 * MS);
+	}
+	return true;
+}
+
+static void rest_longer(struct ksm_worker *worker, const struct ksm_merge_counts *pass)
+{
+	uint64_t changes = ksm_load_seqcst(&worker->member.peer.control->changes);
+	bool idle = pass->merged + pass->dropped + pass->promoted + pass->written + pass->given_back == 0 &&
+		    changes == worker->member.scanner.pass_changes;
+	uint64_t pause = KSM_MAX(worker->settings.sleep_millisecs * MS, MS);
+	worker->rest_ns = idle ? KSM_MIN(KSM_MAX(worker->rest_ns * 2, pause), LONGEST_REST_NS) : 0;
+	if (idle)
+		ksm_merger_rest(&worker->member.scanner.merger);
+}
+
+/* A batch of the background pass. Returns how long to sleep. */
+static uint64_t work(struct ksm_worker *worker)
+{
+	struct ksm_scanner *scanner = &worker->member.scanner;
+	struct ksm_scan_between hook = {between_background, worker};
+	uint64_t pause = worker->settings.sleep_millisecs * MS;
+	if (!worker->settings.run || !ksm_scanner_has_work(scanner))
+		return LOOK_EVERY_NS;
+	bool over = ksm_scan_batch(scanner, worker->settings.pages_to_scan, worker->settings.max_pages_to_merge, &hook);
+	if (!over)
+		return pause;
+	rest_longer(worker, &scanner->pass);
+	return KSM_MAX(pause, worker->rest_ns);
 }
 
 void ksm_worker_loop(struct ksm_worker *worker)
