@@ -33,8 +33,9 @@
  * the program that blocks SIGSEGV runs for a moment, a store can still kill; that is why read-only merging is only for
  * those who ask for it.
  *
- * Which threads count as blocking: a mask of all 64 signals is one that only the C library and handlers like this one
- * set, for moments; it has to stay for FULL_NS. Any other mask with SIGSEGV in it is looked at three times within 2 ms.
+ * Which threads count as blocking: a mask with the C library's own signals in it is set by that library and by handlers
+ * like this one only, for moments; it has to stay for FULL_NS, without faults of that thread in between. Any other mask
+ * with SIGSEGV in it is looked at three times within 2 ms.
  * Left out are our own scanners, which block everything and store into no guarded memory, io_uring's workers, which store
  * as system calls do, and the dead. Without /proc nobody can be found.
  *
@@ -57,6 +58,7 @@
 #define LOOK_NS 200000000u
 #define FULL_NS 2000000000u
 #define SUSPECTS 64
+#define CANCEL 32 /* the C library's own signal for cancelling threads */
 
 static struct entry {
 	bool used;
@@ -257,7 +259,7 @@ void ksm_handler_popped(void)
 	struct ksm_os_action was;
 	lock();
 	int now = in_force();
-	int below = now >= 0 ? entries[now].below : -1;
+	int below = now >= 0 && is_function(entries[now].previous.handler) ? entries[now].below : -1;
 	if (now >= 0 && now != self.top)
 		self.top = now; /* its owner has put back what it found: ours */
 	else if (below >= 0 && !ksm_os_action_exchange(SIGSEGV, functions[below], &was))
@@ -301,7 +303,7 @@ struct look {
 enum mask {
 	MASK_OPEN, /* SIGSEGV is let through */
 	MASK_SOME,
-	MASK_FULL, /* all 64 */
+	MASK_FULL, /* … and with it what only the C library and handlers like ours block */
 };
 
 static enum mask mask_of(int tasks, unsigned tid)
@@ -317,10 +319,10 @@ static enum mask mask_of(int tasks, unsigned tid)
 	const char *state = strstr(text, "\nState:\t"), *blocked = strstr(text, "\nSigBlk:\t");
 	if (!state || !blocked || strchr("ZXx", state[8]) || !strncmp(text, "Name:\tiou-", 10))
 		return MASK_OPEN;
-	uint64_t mask = strtoull(blocked + 9, NULL, 16), own = bit_of(32) | bit_of(33);
+	uint64_t mask = strtoull(blocked + 9, NULL, 16);
 	if (!(mask & bit_of(SIGSEGV)))
 		return MASK_OPEN;
-	return (mask & own) == own ? MASK_FULL : MASK_SOME;
+	return mask & bit_of(CANCEL) ? MASK_FULL : MASK_SOME;
 }
 
 /* Has it blocked everything for long, as far as anybody looked? */

@@ -170,8 +170,6 @@ bool ksm_merge_look(struct ksm_merger *m)
 		return false;
 	}
 	ksm_region_count_breaks(m->region);
-	if (is_blind(m) && (m->force || m->passes % BLIND_EVERY == 0))
-		look_without_pagemap(m);
 	for (size_t i = 0; i < m->count; i++) {
 		switch (ksm_region_state(m->region, m->first + i)) {
 		case KSM_PAGE_MERGED:
@@ -190,5 +188,7 @@ bool ksm_merge_look(struct ksm_merger *m)
 		}
 		any |= m->verdicts[i] != KSM_MERGE_LEAVE;
 	}
+	if (is_blind(m) && (m->force || m->passes % BLIND_EVERY == 0))
+		look_without_pagemap(m);
 	return any;
 }
