@@ -13,9 +13,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from hypothesis import strategies as st
+
 import ksmalloc
 
 PAGE = 4096
+KINDS = 4  # different pages; kind 0 is all zeros
+MOST_BLOCKS = 12
+MOST_BYTES = 600 << 10
+
+sizes = st.one_of(
+    st.integers(1, 3 * PAGE),
+    st.integers(1, 24).map(lambda pages: pages * PAGE),
+    st.sampled_from([100_000, 1 << 18, MOST_BYTES]),
+)
+kinds = st.lists(st.sampled_from([*range(1, KINDS + 1), 0]), min_size=1, max_size=8)
+places = st.integers(0, MOST_BYTES)
+numbers = st.integers(0, MOST_BLOCKS)
 
 
 @functools.lru_cache(maxsize=64)
@@ -90,6 +104,7 @@ class Held:
 
     block: ksmalloc.Block
     model: bytearray
+    arena: ksmalloc.Arena
 
     def write(self, start: int, data: bytes) -> None:
         data = data[: len(self.model) - start]

@@ -25,39 +25,31 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from machinekit import PAGE, Held, ask, in_child, page
+from machinekit import KINDS, MOST_BLOCKS, PAGE, Held, ask, in_child, kinds, numbers, page, places, sizes
 
 import ksmalloc
-
-KINDS = 4  # different pages; kind 0 is all zeros
-MOST_BLOCKS = 12
-MOST_BYTES = 600 << 10
-
-sizes = st.one_of(
-    st.integers(1, 3 * PAGE),
-    st.integers(1, 24).map(lambda pages: pages * PAGE),
-    st.sampled_from([100_000, 1 << 18, MOST_BYTES]),
-)
-kinds = st.lists(st.sampled_from([*range(1, KINDS + 1), 0]), min_size=1, max_size=8)
-places = st.integers(0, MOST_BYTES)
-numbers = st.integers(0, MOST_BLOCKS)
 
 
 class Machine(RuleBasedStateMachine):
     peer: ClassVar[subprocess.Popen[str]]
     totals: ClassVar[Counter[str]]
     equal = True  # data is made of few different pages; False: no two pages are equal
+    barrier = "auto"
+    cow = "auto"
 
     def __init__(self) -> None:
         super().__init__()
         self.path = tempfile.mkdtemp(prefix="ksmalloc-test-", dir="/dev/shm")
         self.domain = ksmalloc.Domain(path=self.path)
         self.domain.settings.update({"pages_to_scan": 100_000, "sleep_millisecs": 1})
-        self.arenas = [ksmalloc.Arena(domain=self.domain, scan=scan) for scan in (True, False)]
+        self.arenas = [self.new_arena(scan) for scan in (True, False)]
         self.blocks: list[Held] = []
         self.fresh = itertools.count(1000)
         self.steps = 0
         ask(self.peer, "join", self.path)
+
+    def new_arena(self, scan: bool) -> ksmalloc.Arena:
+        return ksmalloc.Arena(domain=self.domain, scan=scan, barrier=self.barrier, cow=self.cow)
 
     def pages(self, kinds: list[int]) -> bytes:
         return b"".join(page(kind if self.equal else next(self.fresh)) for kind in kinds)
@@ -66,7 +58,8 @@ class Machine(RuleBasedStateMachine):
         return self.blocks[number % len(self.blocks)]
 
     def new_block(self, nbytes: int, arena: int, mergeable: bool) -> Held:
-        held = Held(self.arenas[arena % 2].alloc(nbytes, mergeable), bytearray(nbytes))
+        home = self.arenas[arena % 2]
+        held = Held(home.alloc(nbytes, mergeable), bytearray(nbytes), home)
         held.check()  # zeroed
         return held
 
@@ -160,7 +153,7 @@ class Machine(RuleBasedStateMachine):
     @rule(arena=numbers, scan=st.booleans())
     def close_arena(self, arena: int, scan: bool) -> None:
         old = self.arenas[arena % 2]
-        self.arenas[arena % 2] = ksmalloc.Arena(domain=self.domain, scan=scan)
+        self.arenas[arena % 2] = self.new_arena(scan)
         old.close()
         with pytest.raises(ksmalloc.ClosedError):
             old.alloc(1)
@@ -206,7 +199,7 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.check_all()
         stats = self.domain.stats()
-        for name in ("merges", "promotions", "cow_breaks", "ksm_zero_pages"):
+        for name in ("merges", "promotions", "cow_breaks", "ksm_zero_pages", "give_backs", "stops"):
             self.totals[name] += getattr(stats, name)
         self.totals["peer"] += ask(self.peer, "leave")
         self.totals["examples"] += stats.barrier != "none"
@@ -216,11 +209,13 @@ class Machine(RuleBasedStateMachine):
         shutil.rmtree(self.path)
 
 
-def run(processes: Processes, examples: int, steps: int, **attributes: Any) -> Counter[str]:
+def run(
+    processes: Processes, examples: int, steps: int, machine: type[Machine] = Machine, **attributes: Any
+) -> Counter[str]:
     """What the machine's counters add up to."""
     totals: Counter[str] = Counter()
     peer = processes.popen(sys.executable, Path(__file__).with_name("machinekit.py"), stderr=None)
-    machine = type("Machine", (Machine,), {"peer": peer, "totals": totals, **attributes})
+    machine = type("Machine", (machine,), {"peer": peer, "totals": totals, **attributes})
     run_state_machine_as_test(
         machine,
         settings=settings(
