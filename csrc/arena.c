@@ -151,10 +151,13 @@ static void renew_pages(struct ksm_arena *arena, struct ksm_half *half, struct k
 			memset(at, 0, nbytes);
 		return;
 	}
+	uint64_t mask = ksm_os_mask_sigsafe(UINT64_MAX); /* see arena_access.c, ACCESS-3 */
 	ksm_merge_lock(peer);
 	for (size_t i = 0; i < pages && !framed; i++)
 		framed = ksm_region_frame(region, page + i) != KSM_NO_FRAME ||
 			 (region->guard && ksm_guard_get(region->guard, page + i) != KSM_GUARD_OPEN);
+	if (framed && region->guard)
+		ksm_own_pages(region, page, pages);
 	bool fresh =
 		framed ? !ksm_os_map_anon(at, nbytes, true, false, NULL) : !ksm_os_advise(at, nbytes, MADV_DONTNEED);
 	if (framed && fresh)
@@ -164,10 +167,14 @@ static void renew_pages(struct ksm_arena *arena, struct ksm_half *half, struct k
 		if (framed && region->guard)
 			ksm_guard_set(region->guard, page, pages, KSM_GUARD_OPEN);
 	} else { /* the mappings stay, and with them the references; their contents may be anything that reads as zero */
+		if (framed && region->guard)
+			ksm_disown_pages(region, page, pages);
+		ksm_os_mask_sigsafe(mask); /* where it is read-only it faults */
 		memset(at, 0, nbytes);
 		ksm_count(peer->self, KSM_FAILURES, 1);
 	}
 	ksm_merge_unlock(peer);
+	ksm_os_mask_sigsafe(mask);
 }
 
 static void give_pages(struct ksm_arena *arena, struct ksm_half *half, struct ksm_area *area, char *at, size_t pages)

@@ -7,11 +7,14 @@
  * ACCESS-1. A hold stands in its region's list from before its pages are made private until it is ended: the scanner,
  *           which looks under the same lock, merges none of them meanwhile.
  * ACCESS-2. Lock order: memory, then merge lock; nothing is allocated under the merge lock.
+ * ACCESS-3. While a thread of the program may have claimed pages its signals are blocked: a signal handler of the program
+ *           that stored into such a page would wait for its own thread.
  */
 #include "arena.h"
 
 #include "freeze.h"
 #include "handler.h"
+#include "os.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -44,9 +47,32 @@ static int range_of(struct ksm_arena *arena, const void *address, size_t nbytes,
 	return 0;
 }
 
+/* In the scanner's thread: whether a page is broken can be seen there. */
+static int freeze(struct ksm_member *member, void *context)
+{
+	const struct range *range = context;
+	ksm_merge_lock(&member->peer);
+	int r = ksm_freeze(range->region, range->first, range->count);
+	ksm_merge_unlock(&member->peer);
+	return r;
+}
+
+/* ACCESS-3. Returns the mask that was. */
+static uint64_t mask_and_lock(struct ksm_peer *peer)
+{
+	uint64_t mask = ksm_os_mask_sigsafe(UINT64_MAX);
+	ksm_merge_lock(peer);
+	return mask;
+}
+
+static void unlock_and_unmask(struct ksm_peer *peer, uint64_t mask)
+{
+	ksm_merge_unlock(peer);
+	ksm_os_mask_sigsafe(mask);
+}
+
 int ksm_arena_freeze(struct ksm_arena *arena, void *address, size_t nbytes, size_t *pages)
 {
-	struct ksm_peer *peer = ksm_domain_peer(arena->domain);
 	struct range range;
 	int r = range_of(arena, address, nbytes, true, &range);
 	if (!r && range.count)
@@ -57,9 +83,7 @@ int ksm_arena_freeze(struct ksm_arena *arena, void *address, size_t nbytes, size
 		*pages = r ? 0 : range.count;
 	if (r || !range.count)
 		return r;
-	ksm_merge_lock(peer);
-	r = ksm_freeze(range.region, range.first, range.count);
-	ksm_merge_unlock(peer);
+	r = ksm_worker_call(&arena->domain->worker, freeze, &range);
 	ksm_worker_nudge(&arena->domain->worker);
 	return r;
 }
@@ -71,9 +95,9 @@ int ksm_arena_thaw(struct ksm_arena *arena, void *address, size_t nbytes)
 	int r = range_of(arena, address, nbytes, true, &range);
 	if (r || !range.count)
 		return r;
-	ksm_merge_lock(peer);
+	uint64_t mask = mask_and_lock(peer);
 	r = ksm_thaw(range.region, range.first, range.count);
-	ksm_merge_unlock(peer);
+	unlock_and_unmask(peer, mask);
 	return r;
 }
 
@@ -99,13 +123,13 @@ int ksm_arena_writable_begin(struct ksm_arena *arena, void *address, size_t nbyt
 	struct ksm_hold *hold = malloc(sizeof(*hold));
 	if (!hold)
 		return -ENOMEM;
-	ksm_merge_lock(peer);
+	uint64_t mask = mask_and_lock(peer);
 	*hold = (struct ksm_hold){range.region->holds, range.first, range.count};
 	range.region->holds = hold; /* ACCESS-1 */
 	r = ksm_make_private(range.region, range.first, range.count);
 	if (r)
 		hold = unlist(&range);
-	ksm_merge_unlock(peer);
+	unlock_and_unmask(peer, mask);
 	if (r)
 		free(hold);
 	return r;

@@ -60,6 +60,7 @@ struct ksm_barrier {
 	int uffd;
 	char *scratch;
 	bool tainted; /* the descriptor is to be replaced when the window is closed */
+	bool frozen_only;              /* segv: frozen pages are taken, no others */
 	uint8_t was[KSM_WINDOW_PAGES]; /* segv: what the guards said before */
 };
 

@@ -64,9 +64,13 @@ static void segv_destroy(struct ksm_barrier *barrier)
 static size_t claim(struct ksm_barrier *barrier, struct ksm_guard *guard, size_t first, size_t pages)
 {
 	for (size_t n = 0; n < pages; n++) {
-		if (KSM_GUARD_STATE(ksm_guard_get(guard, first + n)) == KSM_GUARD_MERGED ||
-		    !ksm_guard_claim_sigsafe(guard, first + n, &barrier->was[n]))
+		uint8_t byte = ksm_guard_get(guard, first + n);
+		enum ksm_guard_state state = KSM_GUARD_STATE(byte);
+		if (state == KSM_GUARD_MERGED || state == KSM_GUARD_BUSY ||
+		    (barrier->frozen_only && byte != (KSM_GUARD_READONLY | KSM_GUARD_FROZEN)) ||
+		    !ksm_guard_claim_from_sigsafe(guard, first + n, byte))
 			return n;
+		barrier->was[n] = byte;
 	}
 	return pages;
 }
@@ -147,7 +151,7 @@ static int segv_open(struct ksm_barrier *barrier, char *at, size_t pages)
 		return -EINVAL;
 	size_t n = claim(barrier, guard, first, KSM_MIN(pages, guard->pages - first));
 	if (!n)
-		return -EBUSY;
+		return barrier->frozen_only ? -EAGAIN : -EBUSY; /* thawed since somebody looked */
 	barrier->at = at;
 	barrier->view = at;
 	barrier->pages = n;

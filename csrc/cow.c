@@ -131,13 +131,9 @@ static int protect_all(struct ksm_guard *guard, size_t page, size_t n)
 
 static bool claim_state(struct ksm_guard *guard, size_t page, enum ksm_guard_state state)
 {
-	uint8_t was;
-	if (KSM_GUARD_STATE(ksm_guard_get(guard, page)) != state || !ksm_guard_claim_sigsafe(guard, page, &was))
-		return false;
-	if (KSM_GUARD_STATE(was) == state)
-		return true;
-	ksm_guard_set(guard, page, 1, was);
-	return false;
+	uint8_t byte = ksm_guard_get(guard, page);
+	return KSM_GUARD_STATE(byte) == state && state != KSM_GUARD_BUSY &&
+	       ksm_guard_claim_from_sigsafe(guard, page, byte);
 }
 
 /* Claimed pages are writable from now on. */

@@ -19,7 +19,7 @@
  * FREEZE-2. A guard says MERGED only of a page that is known to be unbroken: seen in the pagemap after it became
  *           read-only. Where that cannot be seen, the page is copied to anonymous memory first.
  *
- * Everything here runs under the merge lock, in any thread.
+ * Everything here runs under the merge lock, with every signal blocked; freezing in the scanner's thread.
  */
 #include "freeze.h"
 
@@ -48,10 +48,12 @@ static bool is_unbroken(const struct ksm_region *region, ksm_pageno page)
 	return !ksm_os_pagemap(fd, ksm_region_page(region, page), 1, &kind) && (kind & KSM_PAGE_FILE);
 }
 
+/* A claimed page that became read-only and shall not be after all. What cannot be undone is left to the next store. */
 static void protect_again(struct ksm_region *region, ksm_pageno page, uint8_t was)
 {
-	ksm_os_protect(ksm_region_page(region, page), KSM_PAGE_SIZE, true);
-	ksm_guard_set(region->guard, page, 1, was);
+	bool framed = KSM_GUARD_STATE(was) == KSM_GUARD_WRITABLE;
+	int r = ksm_os_protect(ksm_region_page(region, page), KSM_PAGE_SIZE, true);
+	ksm_guard_set(region->guard, page, 1, !r ? was : framed ? KSM_GUARD_MERGED : KSM_GUARD_READONLY);
 }
 
 /* A page whose mapping refers to a frame. */
@@ -93,10 +95,8 @@ static int freeze_private(struct ksm_region *region, ksm_pageno page, size_t n)
 	uint8_t byte = KSM_GUARD_READONLY | KSM_GUARD_FROZEN;
 	ksm_guard_set(region->guard, page, n, KSM_GUARD_BUSY | KSM_GUARD_FROZEN);
 	int r = ksm_os_protect(ksm_region_page(region, page), n * KSM_PAGE_SIZE, false);
-	if (r) {
-		ksm_os_protect(ksm_region_page(region, page), n * KSM_PAGE_SIZE, true);
-		byte = KSM_GUARD_OPEN;
-	}
+	if (r && !ksm_os_protect(ksm_region_page(region, page), n * KSM_PAGE_SIZE, true))
+		byte = KSM_GUARD_OPEN; /* else the next store opens what is read-only of it */
 	ksm_guard_set(region->guard, page, n, byte);
 	return r;
 }
@@ -109,6 +109,8 @@ static bool is_plain(const struct ksm_region *region, ksm_pageno page)
 int ksm_freeze(struct ksm_region *region, ksm_pageno first, size_t count)
 {
 	int r = ksm_region_guard(region);
+	if (r)
+		return r;
 	region->frozen = true;
 	for (ksm_pageno page = first; page < first + count && !r;) {
 		size_t n = 0;
@@ -122,23 +124,25 @@ int ksm_freeze(struct ksm_region *region, ksm_pageno first, size_t count)
 	return r;
 }
 
-/*
- * Claim pages from `page` that say exactly `byte`. Returns how many; *odd: one more was claimed that says something else
- * (a store was quicker), and what it says is in *was.
- */
-static size_t claim_run(struct ksm_region *region, ksm_pageno page, ksm_pageno end, uint8_t byte, uint8_t *was, bool *odd)
+/* Claim pages from `page` that say exactly `byte`; a store may be quicker. Returns how many. */
+static size_t claim_run(struct ksm_region *region, ksm_pageno page, ksm_pageno end, uint8_t byte)
 {
 	size_t n = 0;
-	*odd = false;
-	while (page + n < end && ksm_guard_get(region->guard, page + n) == byte &&
-	       ksm_guard_claim_sigsafe(region->guard, page + n, was)) {
-		if (*was != byte) {
-			*odd = true;
-			break;
-		}
+	while (page + n < end && ksm_guard_claim_from_sigsafe(region->guard, page + n, byte))
 		n++;
-	}
 	return n;
+}
+
+/* Make a claimed run writable, all or nothing: on error it is read-only, every page of it. */
+static int open_run(struct ksm_region *region, ksm_pageno page, size_t n)
+{
+	char *at = ksm_region_page(region, page);
+	int r = n ? ksm_os_protect(at, n * KSM_PAGE_SIZE, true) : 0;
+	for (int attempt = 0; r && ksm_os_protect(at, n * KSM_PAGE_SIZE, false); attempt++) {
+		ksm_ensure(attempt < 10000); /* the way back needs no memory that was not there */
+		ksm_os_yield();
+	}
+	return r;
 }
 
 int ksm_thaw(struct ksm_region *region, ksm_pageno first, size_t count)
@@ -147,26 +151,48 @@ int ksm_thaw(struct ksm_region *region, ksm_pageno first, size_t count)
 	if (!region->guard)
 		return 0;
 	for (ksm_pageno page = first, end = first + count; page < end;) {
-		uint8_t byte = ksm_guard_get(region->guard, page), was;
-		bool odd, merged = KSM_GUARD_STATE(byte) == KSM_GUARD_MERGED;
+		uint8_t byte = ksm_guard_get(region->guard, page);
+		bool merged = KSM_GUARD_STATE(byte) == KSM_GUARD_MERGED;
+		if (KSM_GUARD_STATE(byte) == KSM_GUARD_BUSY) {
+			ksm_os_yield();
+			continue;
+		}
 		if (!(byte & KSM_GUARD_FROZEN)) {
 			page++;
 			continue;
 		}
-		size_t n = claim_run(region, page, end, byte, &was, &odd);
+		size_t n = claim_run(region, page, end, byte);
 		uint8_t then = merged ? region->sigsegv ? KSM_GUARD_MERGED : KSM_GUARD_WRITABLE : KSM_GUARD_OPEN;
-		int r = 0;
-		if (n && then != KSM_GUARD_MERGED)
-			r = ksm_os_protect(ksm_region_page(region, page), n * KSM_PAGE_SIZE, true);
+		int r = then == KSM_GUARD_MERGED ? 0 : open_run(region, page, n);
 		ksm_guard_set(region->guard, page, n, r ? byte : then);
-		if (odd)
-			ksm_guard_set(region->guard, page + n, 1, was);
-		if (!n && !odd)
-			ksm_os_yield();
 		error = r ? r : error;
 		page += n;
 	}
 	return error;
+}
+
+/* ---- for those who replace pages -------------------------------------------------------------------------- */
+
+void ksm_own_pages(struct ksm_region *region, ksm_pageno page, size_t count)
+{
+	for (ksm_pageno i = page; i < page + count;) {
+		uint8_t byte = ksm_guard_get(region->guard, i);
+		enum ksm_guard_state state = KSM_GUARD_STATE(byte);
+		bool read_only = state == KSM_GUARD_MERGED || state == KSM_GUARD_READONLY;
+		if (state == KSM_GUARD_BUSY || (read_only && !ksm_guard_claim_from_sigsafe(region->guard, i, byte)))
+			ksm_os_yield();
+		else
+			i++;
+	}
+}
+
+void ksm_disown_pages(struct ksm_region *region, ksm_pageno page, size_t count)
+{
+	for (ksm_pageno i = page; i < page + count; i++) {
+		bool framed = ksm_region_frame(region, i) != KSM_NO_FRAME;
+		if (KSM_GUARD_STATE(ksm_guard_get(region->guard, i)) == KSM_GUARD_BUSY)
+			ksm_guard_set(region->guard, i, 1, framed ? KSM_GUARD_MERGED : KSM_GUARD_READONLY);
+	}
 }
 
 /* ---- for system calls -------------------------------------------------------------------------------------- */
@@ -185,23 +211,20 @@ static int break_by_kernel(char *at, size_t pages)
 /* Pages from `page` that are read-only. Returns how many were made private, or an error. */
 static int make_private_run(struct ksm_region *region, ksm_pageno page, ksm_pageno end)
 {
-	uint8_t byte = ksm_guard_get(region->guard, page), was;
-	char *at = ksm_region_page(region, page);
-	bool odd, merged = KSM_GUARD_STATE(byte) == KSM_GUARD_MERGED;
+	uint8_t byte = ksm_guard_get(region->guard, page);
+	bool merged = KSM_GUARD_STATE(byte) == KSM_GUARD_MERGED;
 	if (KSM_GUARD_STATE(byte) == KSM_GUARD_BUSY) {
 		ksm_os_yield();
 		return 0;
 	}
-	size_t n = claim_run(region, page, KSM_MIN(end, page + 512), byte, &was, &odd);
+	size_t n = claim_run(region, page, KSM_MIN(end, page + 512), byte);
 	int r = 0;
 	if (n)
-		r = merged ? ksm_cow_copy_sigsafe(at, n, true, !region->registered)
-			   : ksm_os_protect(at, n * KSM_PAGE_SIZE, true);
+		r = merged ? ksm_cow_copy_sigsafe(ksm_region_page(region, page), n, true, !region->registered)
+			   : open_run(region, page, n);
 	if (!r && merged)
 		ksm_region_forget(region, page, n);
 	ksm_guard_set(region->guard, page, n, r ? byte : KSM_GUARD_OPEN);
-	if (odd)
-		ksm_guard_set(region->guard, page + n, 1, was);
 	return r ? r : (int)n;
 }
 

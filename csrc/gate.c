@@ -109,13 +109,19 @@ static bool signal_is_ours(void)
 
 static int take_signal(int signal)
 {
+	struct ksm_os_action old;
 	int state = ksm_os_handler_state(signal, on_signal_sigsafe);
 	if (state == KSM_HANDLER_OTHER)
 		return -EAGAIN;
-	int r = state == KSM_HANDLER_NONE ? ksm_os_handler_install(signal, on_signal_sigsafe) : state < 0 ? state : 0;
-	if (!r)
-		ksm_store_release(&world.signal, signal);
-	return r;
+	int r = state == KSM_HANDLER_NONE ? ksm_os_action_exchange(signal, on_signal_sigsafe, &old) : state;
+	if (r < 0)
+		return r;
+	if (state == KSM_HANDLER_NONE && old.handler) { /* the program took it just now */
+		ksm_os_action_sigsafe(signal, &old, NULL);
+		return -EAGAIN;
+	}
+	ksm_store_release(&world.signal, signal);
+	return 0;
 }
 
 static int choose_signal(void)

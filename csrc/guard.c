@@ -11,8 +11,9 @@
  *    OPEN, WRITABLE ───┘  (one owner at a     ├──────────▶ READONLY   frozen
  *       (merge lock only)      time)          └──────────▶ WRITABLE   the kernel's copy-on-write looks after it
  *
- * Whoever made a page BUSY owns its mapping until the page is something else. The handler claims MERGED and READONLY
- * pages only; the others are the merge lock's, so its holder may set them without a claim.
+ * Whoever made a page BUSY owns its mapping until the page is something else. Without the merge lock (the handler, and
+ * opening all) only MERGED and READONLY pages are claimed, by one exchange from exactly what was seen; the others are the
+ * merge lock's, so its holder may set them without a claim.
  *
  * GUARD-1. A page is made read-only, and made writable again, while it is BUSY and by who made it so. So a store that
  *          faults finds BUSY (and waits), MERGED or READONLY (and does the work), or that the work has been done.
@@ -172,6 +173,19 @@ bool ksm_guard_claim_sigsafe(struct ksm_guard *guard, size_t page, uint8_t *was)
 	return false;
 }
 
+bool ksm_guard_claim_from_sigsafe(struct ksm_guard *guard, size_t page, uint8_t byte)
+{
+	uint8_t *at = &ksm_load_acquire(&guard->bytes)[page];
+	ksm_assert(KSM_GUARD_STATE(byte) != KSM_GUARD_BUSY);
+	ksm_add_seqcst(&guard->busy, 1); /* GUARD-2 */
+	if (cas_byte(at, &byte, KSM_GUARD_BUSY | (byte & KSM_GUARD_FROZEN))) {
+		ksm_fence_seqcst(); /* GUARD-3 */
+		return true;
+	}
+	__atomic_fetch_sub(&guard->busy, 1, __ATOMIC_RELEASE);
+	return false;
+}
+
 void ksm_guard_set(struct ksm_guard *guard, size_t page, size_t count, uint8_t byte)
 {
 	bool busy = KSM_GUARD_STATE(byte) == KSM_GUARD_BUSY;
@@ -246,16 +260,12 @@ void ksm_guards_fork_child(void)
 /* Claim pages from `page` on that are in this state, at most `most`; was[]: what they said. */
 static size_t claim_run(struct ksm_guard *guard, size_t page, size_t most, enum ksm_guard_state state, uint8_t *was)
 {
-	size_t n = 0;
-	while (n < most && KSM_GUARD_STATE(ksm_guard_get(guard, page + n)) == state &&
-	       ksm_guard_claim_sigsafe(guard, page + n, &was[n])) {
-		if (KSM_GUARD_STATE(was[n]) != state) {
-			ksm_guard_set(guard, page + n, 1, was[n]);
-			break;
-		}
-		n++;
+	for (size_t n = 0; n < most; n++) {
+		was[n] = ksm_guard_get(guard, page + n);
+		if (KSM_GUARD_STATE(was[n]) != state || !ksm_guard_claim_from_sigsafe(guard, page + n, was[n]))
+			return n;
 	}
-	return n;
+	return most;
 }
 
 /* All of a claimed run becomes writable, or none of it is; then the bytes say so. */
@@ -319,9 +329,11 @@ size_t ksm_guards_open_all(void)
 	size_t changed = 0, left = 0;
 	if (now == ksm_load_acquire(&opened_at))
 		return 0;
+	uint64_t mask = ksm_os_mask_sigsafe(UINT64_MAX); /* no signal handler meets a page its own thread has claimed */
 	uint32_t count = ksm_load_acquire(&high);
 	for (uint32_t i = 0; i < count; i++)
 		changed += open_guard(&guards[i], &left);
+	ksm_os_mask_sigsafe(mask);
 	if (!left)
 		ksm_store_release(&opened_at, now);
 	return changed;

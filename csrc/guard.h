@@ -45,6 +45,9 @@ uint64_t ksm_guards_destroyed_sigsafe(void);
 uint8_t ksm_guard_get(const struct ksm_guard *guard, size_t page);
 /* Make it BUSY (FROZEN stays set if it was); *was: what it said. false: it is BUSY already. */
 bool ksm_guard_claim_sigsafe(struct ksm_guard *guard, size_t page, uint8_t *was);
+/* Make it BUSY if it says exactly `byte`, which is not BUSY (FROZEN stays set). What handlers and others without the merge
+ * lock use: OPEN and WRITABLE pages are the lock's. */
+bool ksm_guard_claim_from_sigsafe(struct ksm_guard *guard, size_t page, uint8_t byte);
 /* Of a page that is claimed, or that no handler touches (OPEN, WRITABLE): release order. */
 void ksm_guard_set(struct ksm_guard *guard, size_t page, size_t count, uint8_t byte);
 

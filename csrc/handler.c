@@ -69,7 +69,7 @@ static struct entry {
 
 static struct {
 	uint32_t lock;        /* process number of the owner; 0: nobody */
-	int top;              /* the last entry we have put in force; -1: none yet. Lock held */
+	int top;              /* the last entry we have put in force and not popped since; -1: none. Lock held */
 	int latest;           /* the last entry that was seen in force; atomic */
 	int last_answer;      /* of ksm_handler_check(); atomic */
 	uint64_t suspensions; /* atomic */
@@ -198,6 +198,17 @@ static bool is_same(const struct ksm_os_action *a, const struct ksm_os_action *b
 	       (!is_function(a->handler) || (a->mask == b->mask && (a->flags & flags) == (b->flags & flags)));
 }
 
+/* Is an entry, or what its predecessor had displaced, and so on, this one? */
+static bool is_beneath(int entry, int top)
+{
+	for (int i = 0; i < ENTRIES && top >= 0; i++) {
+		if (top == entry)
+			return true;
+		top = entries[top].below;
+	}
+	return false;
+}
+
 /* An entry with this predecessor: HANDLER-1. Or -ENOSPC. */
 static int entry_for(const struct ksm_os_action *previous)
 {
@@ -209,7 +220,8 @@ static int entry_for(const struct ksm_os_action *previous)
 		if (!entry->used)
 			entry->previous = *previous;
 		entry->used = true;
-		entry->below = latest;
+		/* Whoever came has found the one on top, unless that was gone without a word. */
+		entry->below = is_beneath(latest, self.top) ? latest : self.top;
 		ksm_store_release(&entry->spent, 0);
 		return i;
 	}
@@ -259,11 +271,13 @@ void ksm_handler_popped(void)
 	struct ksm_os_action was;
 	lock();
 	int now = in_force();
-	int below = now >= 0 && is_function(entries[now].previous.handler) ? entries[now].below : -1;
-	if (now >= 0 && now != self.top)
-		self.top = now; /* its owner has put back what it found: ours */
-	else if (below >= 0 && !ksm_os_action_exchange(SIGSEGV, functions[below], &was))
+	int below = self.top >= 0 && is_function(entries[self.top].previous.handler) ? entries[self.top].below : -1;
+	if (below >= 0) {
+		/* Its owner may have put back what it found, which was ours, or one of ours still further down. */
+		if (now >= 0 && now != below && is_beneath(below, now))
+			ksm_os_action_exchange(SIGSEGV, functions[below], &was);
 		self.top = below;
+	}
 	in_force();
 	unlock();
 }

@@ -125,6 +125,7 @@ struct ksm_capabilities {
 	int32_t move;         /* the barrier "move": -EPERM, -EACCES, -ENOENT: no userfaultfd; -EINVAL: kernel too old */
 	int32_t uffd_device;  /* opening /dev/userfaultfd */
 	int32_t uffd_call;    /* userfaultfd(2) for faults of the kernel */
+	int32_t uffd_user;    /* … of user code only: any process may, so EPERM means that a filter refuses it */
 	int32_t stop;         /* the barrier "stop"; KSM_EUNSTOPPABLE, KSM_EDEVICES: as of the last attempt */
 	int32_t stop_signal;  /* in use; 0: none yet */
 	int32_t segv;         /* the SIGSEGV handler: 0, KSM_EDISPLACED, KSM_EMASKED (looked up now) */

@@ -204,9 +204,9 @@ static int make_barrier(struct ksm_member *member, int uffd)
 	struct ksm_slot *self = member->peer.self;
 	ksm_store_relaxed(&self->barrier, r ? (int32_t)KSM_BARRIER_NONE : (int32_t)scanner->barrier.ops->kind);
 	ksm_store_relaxed(&self->why_not, r);
-	if (r && member->options.barrier != KSM_BARRIER_AUTO)
+	if (r && member->options.barrier != KSM_BARRIER_AUTO && !member->joined)
 		return KSM_EBARRIER;
-	return 0;
+	return 0; /* after a fork it may be gone: then nothing merges, and the process lives on */
 }
 
 /* Sit down, get ready to scan, listen. */

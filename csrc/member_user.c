@@ -15,6 +15,8 @@
  *
  * USER-1. The swap happens only when no page refers to a frame of the old store and no window is open.
  * USER-2. If any step fails, the old membership stays as it is, valid, and the reason is told (KSM_EUSER).
+ * USER-3. Not between the moment in which a seat has been taken for the child of a fork and the fork: the child sits down
+ *         where its bits are.
  */
 #include "member.h"
 
@@ -98,8 +100,11 @@ static void leave_old(struct ksm_member *member, struct ksm_member *fresh, struc
 
 int ksm_member_follow_user(struct ksm_member *member)
 {
-	struct ksm_member *fresh = calloc(1, sizeof(*fresh));
+	struct ksm_member *fresh;
 	struct ksm_peer old;
+	if (member->child.slot != KSM_NO_SLOT)
+		return -EBUSY; /* USER-3 */
+	fresh = calloc(1, sizeof(*fresh));
 	if (!fresh)
 		return -ENOMEM;
 	ksm_member_init(fresh, &member->options);

@@ -61,6 +61,8 @@ void ksm_merger_set_budget(struct ksm_merger *merger)
 	uint64_t others = all > ours ? all - ours : 0, reserve = most / 8; /* for what the program may still map */
 	uint64_t left = most > others + reserve ? most - others - reserve : 0;
 	merger->vma_budget = KSM_MIN(most / 3, left);
+	merger->budget_round++; /* what breaks have cost since is counted by now */
+	merger->grants_left = KSM_MAX((int64_t)merger->vma_budget - (int64_t)ours, 0);
 	ksm_count_set(merger->peer->self, KSM_VMA_BUDGET, merger->vma_budget);
 }
 
@@ -279,15 +281,18 @@ static void prepare_handling(struct ksm_merger *m)
 	m->handled = 0;
 	if (!region->sigsegv && !region->frozen && !segv)
 		return;
-	if (region->frozen && !m->frozen.ops)
+	if (region->frozen && !m->frozen.ops) {
 		ksm_barrier_create(&m->frozen, KSM_BARRIER_SEGV, NULL, -1);
+		m->frozen.frozen_only = true;
+	}
 	m->handled = ksm_handler_check();
 	ksm_count_set(m->peer->self, KSM_SUSPENSIONS, ksm_handler_suspensions());
 	if (!m->handled)
 		m->handled = ksm_region_guard(region);
-	if (region->guard) {
-		int64_t left = (int64_t)m->vma_budget - m->peer->vmas_used;
-		ksm_store_relaxed(&region->guard->vmas_left, left / 2);
+	if (region->guard && region->budget_round != m->budget_round) {
+		region->budget_round = m->budget_round;
+		m->grants_left /= 2; /* half of what is left to each */
+		ksm_store_relaxed(&region->guard->vmas_left, m->grants_left);
 	}
 }
 

@@ -34,6 +34,8 @@ struct ksm_merger {
 	uint64_t passes;           /* of the background, so far */
 	int handled;               /* 0: a store into a read-only page is answered; of the stretch at hand */
 	uint64_t vma_budget;
+	uint32_t budget_round; /* raised when the budget is set anew */
+	int64_t grants_left;   /* of it, for breaks by our handler */
 	char *buffer; /* KSM_STRETCH pages: copies of the frames to be compared with */
 	/* the stretch at hand */
 	struct ksm_region *region;
@@ -46,6 +48,7 @@ struct ksm_merger {
 	ksm_frameno targets[KSM_STRETCH];
 	bool promoted[KSM_STRETCH];
 	uint8_t verdicts[KSM_STRETCH];
+	bool is_frozen[KSM_STRETCH]; /* when it was looked at: a store may thaw it at any time */
 	bool worn[KSM_STRETCH]; /* broken for a while: to be given anonymous memory again */
 };
 
@@ -59,15 +62,10 @@ static inline void ksm_merger_why_not(struct ksm_merger *merger, int code)
 	merger->counts->why_not = code;
 }
 
-static inline bool ksm_merger_is_frozen(const struct ksm_merger *merger, size_t i)
-{
-	return (ksm_region_guard_of(merger->region, merger->first + i) & KSM_GUARD_FROZEN) != 0;
-}
-
 /* What opens a window on page i of the stretch. */
 static inline const struct ksm_barrier *ksm_merger_barrier(const struct ksm_merger *merger, size_t i)
 {
-	return ksm_merger_is_frozen(merger, i) ? &merger->frozen : merger->barrier;
+	return merger->is_frozen[i] ? &merger->frozen : merger->barrier;
 }
 
 /* Where the bytes of the frame for page i are at hand. */

@@ -171,12 +171,17 @@ bool ksm_merge_look(struct ksm_merger *m)
 	}
 	ksm_region_count_breaks(m->region);
 	for (size_t i = 0; i < m->count; i++) {
+		m->is_frozen[i] = (ksm_region_guard_of(m->region, m->first + i) & KSM_GUARD_FROZEN) != 0;
 		switch (ksm_region_state(m->region, m->first + i)) {
 		case KSM_PAGE_MERGED:
 			look_at_merged(m, i);
 			break;
 		case KSM_PAGE_BROKEN: /* since before this look, so that what is being written now gets some rest */
-			m->worn[i] = !(m->kinds[i] & KSM_PAGE_SWAPPED) && !ksm_region_is_held(m->region, m->first + i);
+			if (KSM_GUARD_STATE(ksm_region_guard_of(m->region, m->first + i)) == KSM_GUARD_OPEN)
+				ksm_region_forget(m->region, m->first + i, 1); /* our handler has copied it since */
+			else
+				m->worn[i] = !(m->kinds[i] & KSM_PAGE_SWAPPED) &&
+					     !ksm_region_is_held(m->region, m->first + i);
 			break;
 		case KSM_PAGE_DROPPED:
 			if (!look_at_dropped(m, i))

@@ -54,7 +54,7 @@ static void became_dropped(struct ksm_merger *m, size_t i)
  */
 static void map_run(struct ksm_merger *m, struct ksm_barrier *window, size_t i, size_t j, size_t run)
 {
-	bool writable = !ksm_merger_is_frozen(m, i + j) && !m->region->sigsegv;
+	bool writable = !m->is_frozen[i + j] && !m->region->sigsegv;
 	struct ksm_guard *guard = window->ops->kind == KSM_BARRIER_SEGV ? NULL : m->region->guard;
 	ksm_pageno page = m->first + i + j;
 	uint64_t offset = (uint64_t)m->targets[i + j] << KSM_PAGE_SHIFT;
@@ -128,8 +128,9 @@ static void settle_fates(struct ksm_merger *m, size_t i, size_t n, const uint8_t
 static void refused(struct ksm_merger *m, size_t i, size_t n, int error)
 {
 	bool all = error <= KSM_EUNSUPPORTED; /* one of our own codes: not about these pages */
+	bool thawed = error == -EAGAIN;       /* by a store, since we looked */
 	bool refuses = error == -EBUSY || (error == -EINVAL && n == 1); /* pinned, shared by fork, locked */
-	size_t affected = refuses ? 1 : n;
+	size_t affected = refuses || thawed ? 1 : n;
 	for (size_t j = i; j < i + affected; j++) {
 		if (!is_wanted(m, j))
 			continue;
@@ -145,9 +146,9 @@ static void refused(struct ksm_merger *m, size_t i, size_t n, int error)
 		}
 	}
 	m->counts->skipped += affected;
-	if (!refuses)
+	if (!refuses && !thawed)
 		ksm_merger_why_not(m, error);
-	if (!refuses && !all)
+	if (!refuses && !thawed && !all)
 		ksm_count(m->peer->self, KSM_FAILURES, 1);
 }
 
@@ -187,7 +188,7 @@ void ksm_merge_windows(struct ksm_merger *m)
 {
 	uint8_t fates[KSM_STRETCH];
 	for (size_t i = 0; i < m->count;) {
-		struct ksm_barrier *window = ksm_merger_is_frozen(m, i) ? &m->frozen : m->barrier;
+		struct ksm_barrier *window = m->is_frozen[i] ? &m->frozen : m->barrier;
 		size_t n = is_wanted(m, i) ? window_at(m, window, i) : 0;
 		if (n == 0) {
 			i++;
@@ -196,7 +197,7 @@ void ksm_merge_windows(struct ksm_merger *m)
 		int r = open_window(m, window, i, &n);
 		if (r) {
 			refused(m, i, n, r);
-			i += r == -EBUSY ? 1 : n;
+			i += r == -EBUSY || r == -EAGAIN ? 1 : n;
 			continue;
 		}
 		n = window->pages;

@@ -198,7 +198,7 @@ bool ksm_os_is_mapped(const void *at, size_t nbytes);
 int ksm_os_uffd_open(uint64_t features);
 /* Only whether it is allowed, each way alone: 0 or why not. */
 int ksm_os_uffd_try_device(void);
-int ksm_os_uffd_try_call(void);
+int ksm_os_uffd_try_call(bool of_user); /* of_user: for faults of user code only, which needs no right */
 int ksm_os_uffd_register(int uffd, void *at, size_t nbytes, unsigned modes);
 int ksm_os_uffd_unregister(int uffd, void *at, size_t nbytes);
 /* Move pages from `from` to `to`. Returns bytes moved (maybe short), or a negative errno if none was. */
@@ -239,8 +239,6 @@ enum ksm_handler_state {
 };
 /* enum ksm_handler_state, or an error. */
 int ksm_os_handler_state(int signal, ksm_os_handler handler);
-/* SA_RESTART, SA_ONSTACK, and every signal blocked in it: also those that the C library never lets anybody block. */
-int ksm_os_handler_install(int signal, ksm_os_handler handler);
 /* In a handler: end the process as `signal` does if nobody handles it, when the handler returns. */
 void ksm_os_die_sigsafe(int signal);
 /* Queue a signal to a thread of this process: si_code is SI_QUEUE, si_errno `mark`, si_value `value`. -ESRCH: it is
@@ -280,7 +278,8 @@ struct ksm_os_action {
 };
 /* Either may be NULL. */
 int ksm_os_action_sigsafe(int signal, const struct ksm_os_action *new, struct ksm_os_action *old);
-/* Install as ksm_os_handler_install() does; *old: what was there before, in one step. */
+/* Install a handler: SA_RESTART, SA_ONSTACK, and every signal blocked in it, also those that the C library never lets
+ * anybody block. *old: what was there before, in one step. */
 int ksm_os_action_exchange(int signal, ksm_os_handler handler, struct ksm_os_action *old);
 /* The calling thread's mask of blocked signals, bit 0 for signal 1; returns the old one. */
 uint64_t ksm_os_mask_sigsafe(uint64_t mask);

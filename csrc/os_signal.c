@@ -9,43 +9,14 @@
  */
 #include "os.h"
 
+#include "raw.h"
+
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
-
-static inline long raw_call(long number, long a, long b, long c, long d, long e, long f)
-{
-#if defined(__x86_64__)
-	long result;
-	register long r10 __asm__("r10") = d;
-	register long r8 __asm__("r8") = e;
-	register long r9 __asm__("r9") = f;
-	__asm__ volatile("syscall"
-			 : "=a"(result)
-			 : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
-			 : "rcx", "r11", "memory");
-	return result;
-#elif defined(__aarch64__)
-	register long x8 __asm__("x8") = number;
-	register long x0 __asm__("x0") = a;
-	register long x1 __asm__("x1") = b;
-	register long x2 __asm__("x2") = c;
-	register long x3 __asm__("x3") = d;
-	register long x4 __asm__("x4") = e;
-	register long x5 __asm__("x5") = f;
-	__asm__ volatile("svc 0" : "+r"(x0) : "r"(x8), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(x5) : "memory");
-	return x0;
-#else
-	int saved = errno;
-	long result = syscall(number, a, b, c, d, e, f);
-	result = result < 0 ? -errno : result;
-	errno = saved;
-	return result;
-#endif
-}
 
 static long word(const void *pointer)
 {
@@ -62,7 +33,7 @@ static bool is_error(long result)
 int ksm_os_map_anon_sigsafe(size_t nbytes, void **out)
 {
 	KSM_FAULT(MAP_ANON);
-	long at = raw_call(SYS_mmap, 0, (long)nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	long at = ksm_raw_call(SYS_mmap, 0, (long)nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (is_error(at))
 		return (int)at;
 	*out = (void *)(uintptr_t)at;
@@ -72,34 +43,34 @@ int ksm_os_map_anon_sigsafe(size_t nbytes, void **out)
 int ksm_os_protect_sigsafe(void *at, size_t nbytes, bool writable)
 {
 	KSM_FAULT(PROTECT);
-	return (int)raw_call(SYS_mprotect, word(at), (long)nbytes, writable ? PROT_READ | PROT_WRITE : PROT_READ, 0, 0,
-			     0);
+	return (int)ksm_raw_call(SYS_mprotect, word(at), (long)nbytes, writable ? PROT_READ | PROT_WRITE : PROT_READ, 0,
+				 0, 0);
 }
 
 int ksm_os_advise_sigsafe(void *at, size_t nbytes, int advice)
 {
 	KSM_FAULT(ADVISE);
-	return (int)raw_call(SYS_madvise, word(at), (long)nbytes, advice, 0, 0, 0);
+	return (int)ksm_raw_call(SYS_madvise, word(at), (long)nbytes, advice, 0, 0, 0);
 }
 
 int ksm_os_remap_sigsafe(void *from, void *to, size_t nbytes)
 {
 	KSM_FAULT(REMAP);
-	long at = raw_call(SYS_mremap, word(from), (long)nbytes, (long)nbytes, MREMAP_MAYMOVE | MREMAP_FIXED, word(to),
-			   0);
+	long at = ksm_raw_call(SYS_mremap, word(from), (long)nbytes, (long)nbytes, MREMAP_MAYMOVE | MREMAP_FIXED,
+			       word(to), 0);
 	return is_error(at) ? (int)at : 0;
 }
 
 void ksm_os_unmap_sigsafe(void *at, size_t nbytes)
 {
-	raw_call(SYS_munmap, word(at), (long)nbytes, 0, 0, 0, 0);
+	ksm_raw_call(SYS_munmap, word(at), (long)nbytes, 0, 0, 0, 0);
 }
 
 bool ksm_os_is_mapped_sigsafe(const void *at, size_t nbytes)
 {
 	unsigned char byte;
 	for (size_t done = 0; done < nbytes; done += KSM_PAGE_SIZE)
-		if (raw_call(SYS_mincore, word(at) + (long)done, KSM_PAGE_SIZE, word(&byte), 0, 0, 0) == -ENOMEM)
+		if (ksm_raw_call(SYS_mincore, word(at) + (long)done, KSM_PAGE_SIZE, word(&byte), 0, 0, 0) == -ENOMEM)
 			return false;
 	return true;
 }
@@ -110,7 +81,7 @@ int ksm_os_action_sigsafe(int signal, const struct ksm_os_action *new, struct ks
 {
 	if (new)
 		KSM_FAULT(HANDLER);
-	return (int)raw_call(SYS_rt_sigaction, signal, word(new), word(old), sizeof(uint64_t), 0, 0);
+	return (int)ksm_raw_call(SYS_rt_sigaction, signal, word(new), word(old), sizeof(uint64_t), 0, 0);
 }
 
 int ksm_os_action_exchange(int signal, ksm_os_handler handler, struct ksm_os_action *old)
@@ -130,36 +101,36 @@ int ksm_os_action_exchange(int signal, ksm_os_handler handler, struct ksm_os_act
 	if (r || raw.handler != handler)
 		return r;
 	raw.mask = UINT64_MAX; /* the C library keeps two signals of its own out of every mask */
-	return (int)raw_call(SYS_rt_sigaction, signal, word(&raw), 0, sizeof(uint64_t), 0, 0);
+	return (int)ksm_raw_call(SYS_rt_sigaction, signal, word(&raw), 0, sizeof(uint64_t), 0, 0);
 }
 
 uint64_t ksm_os_mask_sigsafe(uint64_t mask)
 {
 	uint64_t old = 0;
-	raw_call(SYS_rt_sigprocmask, SIG_SETMASK, word(&mask), word(&old), sizeof(mask), 0, 0);
+	ksm_raw_call(SYS_rt_sigprocmask, SIG_SETMASK, word(&mask), word(&old), sizeof(mask), 0, 0);
 	return old;
 }
 
 int ksm_os_signal_self_sigsafe(int signal, siginfo_t *info)
 {
-	long pid = raw_call(SYS_getpid, 0, 0, 0, 0, 0, 0), tid = raw_call(SYS_gettid, 0, 0, 0, 0, 0, 0);
-	return (int)raw_call(SYS_rt_tgsigqueueinfo, pid, tid, signal, word(info), 0, 0);
+	long pid = ksm_raw_call(SYS_getpid, 0, 0, 0, 0, 0, 0), tid = ksm_raw_call(SYS_gettid, 0, 0, 0, 0, 0, 0);
+	return (int)ksm_raw_call(SYS_rt_tgsigqueueinfo, pid, tid, signal, word(info), 0, 0);
 }
 
 int ksm_os_tid_sigsafe(void)
 {
-	return (int)raw_call(SYS_gettid, 0, 0, 0, 0, 0, 0);
+	return (int)ksm_raw_call(SYS_gettid, 0, 0, 0, 0, 0, 0);
 }
 
 void ksm_os_yield_sigsafe(void)
 {
-	raw_call(SYS_sched_yield, 0, 0, 0, 0, 0, 0);
+	ksm_raw_call(SYS_sched_yield, 0, 0, 0, 0, 0, 0);
 }
 
 void ksm_os_sleep_sigsafe(uint64_t ns)
 {
 	struct timespec t = {.tv_sec = (time_t)(ns / 1000000000u), .tv_nsec = (long)(ns % 1000000000u)};
-	raw_call(SYS_nanosleep, word(&t), 0, 0, 0, 0, 0);
+	ksm_raw_call(SYS_nanosleep, word(&t), 0, 0, 0, 0, 0);
 }
 
 #if defined(__aarch64__)

@@ -11,7 +11,7 @@
  */
 #include "os.h"
 
-#include "atomic.h"
+#include "raw.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -22,43 +22,16 @@
 #include <time.h>
 #include <unistd.h>
 
-/* ---- calls without errno --------------------------------------------------------------------------- */
-
-static inline long raw_call(long number, long a, long b, long c, long d)
-{
-#if defined(__x86_64__)
-	long result;
-	register long r10 __asm__("r10") = d;
-	__asm__ volatile("syscall"
-			 : "=a"(result)
-			 : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10)
-			 : "rcx", "r11", "memory");
-	return result;
-#elif defined(__aarch64__)
-	register long x8 __asm__("x8") = number;
-	register long x0 __asm__("x0") = a;
-	register long x1 __asm__("x1") = b;
-	register long x2 __asm__("x2") = c;
-	register long x3 __asm__("x3") = d;
-	__asm__ volatile("svc 0" : "+r"(x0) : "r"(x8), "r"(x1), "r"(x2), "r"(x3) : "memory");
-	return x0;
-#else
-	int saved = errno;
-	long result = syscall(number, a, b, c, d);
-	result = result < 0 ? -errno : result;
-	errno = saved;
-	return result;
-#endif
-}
+/* ---- words of memory -------------------------------------------------------------------------------- */
 
 void ksm_os_word_wait_sigsafe(const uint32_t *word, uint32_t value)
 {
-	raw_call(SYS_futex, (long)(uintptr_t)word, FUTEX_WAIT_PRIVATE, (long)value, 0);
+	ksm_raw_call(SYS_futex, (long)(uintptr_t)word, FUTEX_WAIT_PRIVATE, (long)value, 0, 0, 0);
 }
 
 void ksm_os_word_wake_sigsafe(const uint32_t *word, int count)
 {
-	raw_call(SYS_futex, (long)(uintptr_t)word, FUTEX_WAKE_PRIVATE, count, 0);
+	ksm_raw_call(SYS_futex, (long)(uintptr_t)word, FUTEX_WAKE_PRIVATE, count, 0, 0, 0);
 }
 
 int ksm_os_word_wait(const uint32_t *word, uint32_t value, uint64_t timeout_ns)
@@ -70,50 +43,21 @@ int ksm_os_word_wait(const uint32_t *word, uint32_t value, uint64_t timeout_ns)
 
 /* ---- signals --------------------------------------------------------------------------------------- */
 
-/* As the kernel knows it (asm-generic/signal.h, and x86's). */
-struct kernel_action {
-	void (*handler)(int, siginfo_t *, void *);
-	unsigned long flags;
-	void (*restorer)(void);
-	uint64_t mask;
-};
-
-#define RAW_SET_BYTES sizeof(uint64_t)
-
-static int raw_action(int signal, const struct kernel_action *new, struct kernel_action *old)
-{
-	return (int)raw_call(SYS_rt_sigaction, signal, (long)(uintptr_t)new, (long)(uintptr_t)old, RAW_SET_BYTES);
-}
-
 int ksm_os_handler_state(int signal, ksm_os_handler handler)
 {
-	struct kernel_action now = {0};
-	int r = raw_action(signal, NULL, &now);
+	struct ksm_os_action now;
+	int r = ksm_os_action_sigsafe(signal, NULL, &now);
 	if (r)
 		return r;
 	return now.handler == handler ? KSM_HANDLER_OURS : now.handler ? KSM_HANDLER_OTHER : KSM_HANDLER_NONE;
 }
 
-int ksm_os_handler_install(int signal, ksm_os_handler handler)
-{
-	KSM_FAULT(HANDLER);
-	struct sigaction action = {.sa_flags = SA_SIGINFO | SA_RESTART | SA_ONSTACK};
-	struct kernel_action raw = {0};
-	action.sa_sigaction = handler;
-	sigfillset(&action.sa_mask);
-	if (sigaction(signal, &action, NULL))
-		return -errno;
-	/* The C library keeps its own two signals, for cancelling threads and for changing users, out of every mask. */
-	int r = raw_action(signal, NULL, &raw);
-	raw.mask = UINT64_MAX;
-	return r ? r : raw_action(signal, &raw, NULL);
-}
-
 void ksm_os_die_sigsafe(int signal)
 {
-	struct kernel_action none = {0};
-	raw_action(signal, &none, NULL);
-	raw_call(SYS_tgkill, raw_call(SYS_getpid, 0, 0, 0, 0), raw_call(SYS_gettid, 0, 0, 0, 0), signal, 0);
+	static const struct ksm_os_action none;
+	ksm_os_action_sigsafe(signal, &none, NULL);
+	ksm_raw_call(SYS_tgkill, ksm_raw_call(SYS_getpid, 0, 0, 0, 0, 0, 0), ksm_raw_call(SYS_gettid, 0, 0, 0, 0, 0, 0),
+		     signal, 0, 0, 0);
 }
 
 int ksm_os_thread_signal(int tid, int signal, int mark, uint64_t value)

@@ -20,6 +20,7 @@
 #ifndef USERFAULTFD_IOC_NEW
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
 #endif
+#define USER_MODE_ONLY 1 /* UFFD_USER_MODE_ONLY, Linux 5.11 */
 #ifndef UFFDIO_MOVE
 struct uffdio_move {
 	uint64_t dst, src, len, mode;
@@ -72,9 +73,9 @@ int ksm_os_uffd_try_device(void)
 	return 0;
 }
 
-int ksm_os_uffd_try_call(void)
+int ksm_os_uffd_try_call(bool of_user)
 {
-	int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+	int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | (of_user ? USER_MODE_ONLY : 0));
 	if (fd < 0)
 		return -errno;
 	close(fd);

@@ -53,6 +53,8 @@
 #define FIRST_LOOK_NS (200 * US) /* until threads that have not parked are looked at */
 #define LOOK_AT_MOST 16          /* missing threads whose state is looked up */
 #define SHARE 4                  /* PARK-5 */
+#define SOON 2                   /* delays at most, see back_off(): nothing is wrong with the thread … */
+#define LATER 5                  /* … or it may stay like that */
 
 struct tables {
 	int tids[KSM_GATE_THREADS]; /* of the last listing, without scanners */
@@ -155,7 +157,7 @@ static int list_threads(const struct ksm_park *park)
 /* Of those that have not parked: some have ended, some need not. Anybody else is the one to be blamed. */
 static int look_at_missing(struct gathering *g)
 {
-	char name[KSM_THREAD_NAME];
+	struct ksm_thread thread = {0};
 	bool few = ksm_gate_missing() <= LOOK_AT_MOST;
 	g->culprit = 0;
 	for (size_t i = 0; i < world.count; i++) {
@@ -166,17 +168,20 @@ static int look_at_missing(struct gathering *g)
 			ksm_gate_withdraw(tid, false);
 			continue;
 		}
-		char state = few ? ksm_thread_state(g->park->tasks, tid, name) : '?';
-		if (ksm_park_is_exempt(tid) || state == 'Z' || state == 'X') { /* PARK-2 */
+		if (few)
+			ksm_thread_look(g->park->tasks, tid, &thread);
+		if (ksm_park_is_exempt(tid) || thread.state == 'Z' || thread.state == 'X') { /* PARK-2 */
 			ksm_gate_withdraw(tid, true);
-			if (state == 'Z' && tid == getpid())
+			if (thread.state == 'Z' && tid == getpid())
 				world.dead_leader = tid; /* or signals would pile up in it */
 			continue;
 		}
 		if (!g->culprit)
 			g->culprit = tid;
-		if (few && ksm_thread_is_kernels(name))
+		if (thread.kernels) {
+			g->culprit = tid;
 			return KSM_EDEVICES;
+		}
 	}
 	return 0;
 }
@@ -221,20 +226,21 @@ static int send_to_all(struct gathering *g)
 /* PARK-1 */
 static int gather(struct gathering *g)
 {
-	for (;;) {
+	for (bool late = false;;) {
 		ksm_gate_begin_sending();
 		int r = send_to_all(g);
 		ksm_gate_end_sending();
 		if (r <= 0)
 			return r;
+		if (late) { /* and there is somebody new again */
+			g->text = "threads come faster than they can be stopped";
+			return KSM_EUNSTOPPABLE;
+		}
 		uint64_t until_ns = g->park->begun_ns + PATIENCE_NS + world.count * PATIENCE_EACH_NS;
 		r = await_missing(g, until_ns);
 		if (r)
 			return r;
-		if (ksm_os_now_ns() > until_ns) {
-			g->text = "threads come faster than they can be stopped";
-			return KSM_EUNSTOPPABLE;
-		}
+		late = ksm_os_now_ns() > until_ns;
 	}
 }
 
@@ -250,22 +256,24 @@ static void let_go(struct ksm_park *park)
 /* In words what kept the culprit, now that everybody runs again. Returns the code. */
 static int explain(struct ksm_park *park, int code, int tid)
 {
-	char name[KSM_THREAD_NAME];
+	struct ksm_thread thread;
 	const char *what = "did not answer in time";
-	char state = ksm_thread_state(park->tasks, tid, name);
-	if (ksm_thread_is_kernels(name)) {
-		snprintf(park->reason, sizeof(park->reason), "io_uring or vhost: thread %d (%s)", tid, name);
+	ksm_thread_look(park->tasks, tid, &thread);
+	if (thread.kernels) {
+		snprintf(park->reason, sizeof(park->reason), "io_uring or vhost: thread %d (%s)", tid, thread.name);
 		return KSM_EDEVICES;
 	}
-	if (state == 'T')
+	if (thread.state == 'T') {
 		what = "is stopped by a signal";
-	else if (state == 't')
+	} else if (thread.state == 't') {
 		what = "is stopped by a debugger";
-	else if (state == 'D')
+	} else if (thread.state == 'D') {
 		what = ksm_thread_in_vfork(park->tasks, tid) ? "waits in vfork" : "sleeps in the kernel (state D)";
-	else if (ksm_thread_blocks(park->tasks, tid, ksm_gate_signal()))
-		what = "blocks the signal", park->culprit = tid;
-	snprintf(park->reason, sizeof(park->reason), "thread %d (%s) %s", tid, name, what);
+	} else if (ksm_thread_blocks(park->tasks, tid, ksm_gate_signal())) {
+		what = "blocks the signal";
+		park->culprit = tid;
+	}
+	snprintf(park->reason, sizeof(park->reason), "thread %d (%s) %s", tid, thread.name, what);
 	return code;
 }
 
@@ -281,6 +289,7 @@ static int begin_locked(struct ksm_park *park)
 		return park->why; /* PARK-3: the others are left in peace */
 	park->culprit = 0;
 	park->reason[0] = 0;
+	park->patience = LATER;
 	int r = ksm_gate_check_signal();
 	if (r) {
 		say(park, "no real-time signal is free");
@@ -315,7 +324,7 @@ static int begin_locked(struct ksm_park *park)
 static void back_off(struct ksm_park *park, int why)
 {
 	static const uint64_t delays[] = {10 * MS, 100 * MS, 1000 * MS, 10000 * MS, 30000 * MS};
-	size_t most = why == KSM_EUNSTOPPABLE ? KSM_COUNT(delays) : 3;
+	size_t most = why == KSM_EUNSTOPPABLE ? park->patience : 3;
 	park->failures++;
 	park->in_a_row++;
 	park->why = why;

@@ -27,6 +27,7 @@ struct ksm_park {
 	uint64_t retry_at_ns;        /* back-off after failures: until then ksm_park_begin() repeats its last answer */
 	uint32_t in_a_row;           /* failures without a success between */
 	int why;                     /* the last answer, 0 or a code */
+	size_t patience;             /* how far the back-off may go, by what it was */
 	int culprit;                 /* the thread that blocked the signal then; 0: none */
 	char reason[KSM_REASON_MAX]; /* in words: which thread, which descriptor; "" */
 };

@@ -43,6 +43,7 @@ struct ksm_region {
 	bool sigsegv;                     /* merged pages are read-only, our handler copies them */
 	struct ksm_guard *guard;          /* NULL: no page of it was ever made read-only */
 	uint64_t breaks_counted;          /* of guard->breaks */
+	uint32_t budget_round;            /* in which its breaks were granted mappings */
 	bool frozen;                      /* some page was frozen, ever */
 	struct ksm_hold *holds;
 	uint64_t states[KSM_PAGE_STATES]; /* pages in each state, UNKNOWN not counted */

@@ -9,7 +9,8 @@
  *    held      the barrier keeps stores away without moving pages (write protection): the same, for pages that nobody
  *              wrote; their bytes come from their frames
  *    parked    every thread is held: the bytes go to a buffer, anonymous memory takes the mapping's place, the bytes come
- *              back. The new mapping joins its neighbours
+ *              back. The new mapping joins its neighbours. Where the barrier can hold as well it does, against other
+ *              processes' process_vm_writev; then the copy is made elsewhere and moved over the pages
  *
  * A page broken by a write is anonymous already, inside a file's mapping that still refers to the frame. A direct
  * transfer may be in flight to it, which write protection does not stop; so only the third way takes it, under whose
@@ -44,11 +45,16 @@ static bool is_broken(uint16_t kind)
 
 /* ---- parked ------------------------------------------------------------------------------------------------ */
 
-/* All threads are parked. On error the pages are as they were. */
-static int replace_parked(struct ksm_region *region, ksm_pageno page, size_t n, char *buffer)
+/*
+ * All threads are parked. On error the pages are as they were. held: also against other processes, which must not find a
+ * fresh page before it has its bytes; so the copy is made elsewhere and moved there, though it will not join its neighbours.
+ */
+static int replace_parked(struct ksm_region *region, ksm_pageno page, size_t n, bool held, char *buffer)
 {
 	char *at = ksm_region_page(region, page);
 	size_t nbytes = n * KSM_PAGE_SIZE;
+	if (held)
+		return ksm_cow_copy_sigsafe(at, n, true, !region->registered);
 	memcpy(buffer, at, nbytes);
 	int r = ksm_os_map_anon(at, nbytes, true, false, NULL);
 	if (r && ksm_os_is_mapped(at, nbytes))
@@ -130,7 +136,7 @@ int ksm_give_back(struct ksm_region *region, struct ksm_barrier *barrier, struct
 	for (size_t i = 0, n; i < count && !r; i += n ? n : 1) {
 		n = worn_run(worn, i, count);
 		if (n)
-			r = replace_parked(region, first + i, n, buffer);
+			r = replace_parked(region, first + i, n, held[i], buffer);
 		memset(done + i, !r, n);
 	}
 	release_runs(region, barrier, first, count, worn, held);
@@ -145,6 +151,8 @@ static int restore_parked(struct ksm_region *region, struct ksm_barrier *barrier
 	bool all[PARKED_MOST];
 	void *buffer;
 	int r = ksm_os_map_table(PARKED_MOST * KSM_PAGE_SIZE, &buffer);
+	if (r)
+		return r;
 	memset(all, true, sizeof(all));
 	for (size_t i = 0; i < n && !r; i += PARKED_MOST) {
 		uint64_t rest = ksm_park_rest_ns(park);
@@ -153,7 +161,7 @@ static int restore_parked(struct ksm_region *region, struct ksm_barrier *barrier
 		r = ksm_give_back(region, barrier, park, page + i, KSM_MIN(n - i, (size_t)PARKED_MOST), all, buffer,
 				  &counts->restored);
 	}
-	munmap(buffer, PARKED_MOST * KSM_PAGE_SIZE);
+	ksm_os_unmap(buffer, PARKED_MOST * KSM_PAGE_SIZE);
 	return r;
 }
 
@@ -176,14 +184,12 @@ static int replace_claimed(struct ksm_region *region, ksm_pageno page, size_t n,
 	int r = writable ? ksm_os_protect(at, n * KSM_PAGE_SIZE, false) : 0;
 	if (!r)
 		r = ksm_cow_copy_sigsafe(at, n, !frozen, !region->registered);
-	if (r && writable)
-		ksm_os_protect(at, n * KSM_PAGE_SIZE, true);
-	if (!r)
+	uint8_t then = frozen ? KSM_GUARD_READONLY | KSM_GUARD_FROZEN : KSM_GUARD_OPEN;
+	if (r) /* a page that stays read-only is opened by the next store */
+		then = writable && ksm_os_protect(at, n * KSM_PAGE_SIZE, true) ? KSM_GUARD_MERGED : was;
+	else
 		ksm_region_forget(region, page, n); /* RESTORE-1 */
-	ksm_guard_set(region->guard, page, n,
-		      r	       ? was
-		      : frozen ? KSM_GUARD_READONLY | KSM_GUARD_FROZEN
-			       : (uint8_t)KSM_GUARD_OPEN);
+	ksm_guard_set(region->guard, page, n, then);
 	return r;
 }
 
@@ -191,23 +197,15 @@ static int restore_guarded(struct ksm_region *region, ksm_pageno page, size_t n,
 {
 	int r = 0;
 	for (size_t i = 0, run; i < n && !r; i += run) {
-		uint8_t byte = ksm_region_guard_of(region, page + i), was;
+		uint8_t byte = ksm_region_guard_of(region, page + i);
 		run = 0;
-		while (i + run < n && ksm_guard_get(region->guard, page + i + run) == byte &&
-		       ksm_guard_claim_sigsafe(region->guard, page + i + run, &was)) {
+		while (i + run < n && KSM_GUARD_STATE(byte) != KSM_GUARD_BUSY &&
+		       ksm_guard_claim_from_sigsafe(region->guard, page + i + run, byte))
 			run++;
-			if (was == byte)
-				continue;
-			ksm_guard_set(region->guard, page + i + run - 1, 1, was); /* a store was quicker */
-			run--;
-			break;
-		}
-		if (run) {
-			r = replace_claimed(region, page + i, run, byte);
-			counts->restored += r ? 0 : run;
-		} else { /* copied by the handler, or about to be: the scanner will see */
-			run = 1;
-		}
+		if (!run)
+			break; /* a store was quicker: the caller looks again */
+		r = replace_claimed(region, page + i, run, byte);
+		counts->restored += r ? 0 : run;
 	}
 	return r;
 }
@@ -310,9 +308,10 @@ static int restore_held(struct ksm_region *region, struct ksm_barrier *barrier, 
 static size_t run_at(const struct ksm_region *region, const struct ksm_barrier *barrier, ksm_pageno page, ksm_pageno end)
 {
 	bool guarded = is_guarded(region, barrier, page), held = ksm_region_is_held(region, page);
-	size_t n = 0;
+	size_t n = 1;
 	while (n < MOST && page + n < end && is_framed(region, page + n) &&
-	       is_guarded(region, barrier, page + n) == guarded && ksm_region_is_held(region, page + n) == held)
+	       is_guarded(region, barrier, page + n) == guarded && ksm_region_is_held(region, page + n) == held &&
+	       (guarded || KSM_GUARD_STATE(ksm_region_guard_of(region, page + n)) == KSM_GUARD_WRITABLE))
 		n++;
 	return n;
 }
@@ -348,12 +347,22 @@ int ksm_restore(struct ksm_region *region, struct ksm_barrier *barrier, struct k
 {
 	int r = 0;
 	for (ksm_pageno page = first, end = first + count; page < end && !r;) {
-		bool left = broken == KSM_RESTORE_PARKED && ksm_region_is_held(region, page); /* private, and in use */
-		size_t n = is_framed(region, page) && !left ? run_at(region, barrier, page, end) : 0;
-		counts->broken += left;
-		if (n)
+		enum ksm_guard_state state = KSM_GUARD_STATE(ksm_region_guard_of(region, page));
+		if (!is_framed(region, page)) {
+			page++;
+		} else if (state == KSM_GUARD_BUSY) {
+			ksm_os_yield(); /* a handler is copying it */
+		} else if (state == KSM_GUARD_OPEN) {
+			ksm_region_forget(region, page++, 1); /* copied by the handler */
+		} else if (broken == KSM_RESTORE_PARKED && ksm_region_is_held(region, page)) {
+			counts->broken++; /* private, and about to be written by a system call */
+			page++;
+		} else {
+			bool guarded = is_guarded(region, barrier, page);
+			size_t n = run_at(region, barrier, page, end);
 			r = restore_run(region, barrier, park, page, n, broken, counts);
-		page += n ? n : 1;
+			page += guarded ? 0 : n; /* guarded: a store may have been quicker, so look again */
+		}
 	}
 	return r;
 }

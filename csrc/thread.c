@@ -13,6 +13,10 @@
 #include <string.h>
 #include <sys/syscall.h>
 
+/* Flags of a thread in stat(5), PF_ in the kernel's sched.h. The second meant something else before Linux 6.4. */
+#define IO_WORKER 0x10u
+#define USER_WORKER 0x4000u
+
 /* A file of a thread's; its length, 0 if it cannot be had. */
 static int read_of(int tasks, int tid, const char *file, char *text, size_t room)
 {
@@ -29,19 +33,26 @@ static int read_of(int tasks, int tid, const char *file, char *text, size_t room
 	return r < 0 ? 0 : r;
 }
 
-char ksm_thread_state(int tasks, int tid, char name[KSM_THREAD_NAME])
+bool ksm_thread_look(int tasks, int tid, struct ksm_thread *out)
 {
-	char text[128];
-	name[0] = 0;
+	char text[256];
+	memset(out, 0, sizeof(*out));
 	if (!read_of(tasks, tid, "stat", text, sizeof(text)))
-		return 0;
-	const char *from = strchr(text, '('), *to = strrchr(text, ')');
+		return false;
+	const char *from = strchr(text, '('), *to = strrchr(text, ')'); /* a name may contain anything */
 	if (!from || !to || !to[1])
-		return 0;
-	size_t n = KSM_MIN((size_t)(to - from - 1), (size_t)KSM_THREAD_NAME - 1);
-	memcpy(name, from + 1, n);
-	name[n] = 0;
-	return to[2];
+		return false;
+	size_t n = KSM_MIN((size_t)(to - from - 1), sizeof(out->name) - 1);
+	memcpy(out->name, from + 1, n);
+	out->state = to[2];
+	const char *field = to + 2;
+	for (int i = 0; i < 6 && field; i++) { /* state, and five numbers */
+		field = strchr(field, ' ');
+		field = field ? field + 1 : NULL;
+	}
+	unsigned long flags = field ? strtoul(field, NULL, 10) : 0;
+	out->kernels = flags & IO_WORKER || (flags & USER_WORKER && !strncmp(out->name, "vhost-", 6));
+	return true;
 }
 
 bool ksm_thread_blocks(int tasks, int tid, int signal)
@@ -64,9 +75,4 @@ bool ksm_thread_in_vfork(int tasks, int tid)
 		return true;
 #endif
 	return number == SYS_clone || number == SYS_clone3;
-}
-
-bool ksm_thread_is_kernels(const char *name)
-{
-	return !strncmp(name, "iou-wrk-", 8) || !strncmp(name, "iou-sqp-", 8) || !strncmp(name, "vhost-", 6);
 }

@@ -7,14 +7,16 @@
 
 #include "base.h"
 
-#define KSM_THREAD_NAME 17
+struct ksm_thread {
+	char state;   /* its letter in stat(5) */
+	bool kernels; /* it never leaves the kernel: carries out io_uring requests, or a virtual machine's (vhost) */
+	char name[17];
+};
 
-/* The letter of its state in stat(5), and its name. 0: it is gone. */
-char ksm_thread_state(int tasks, int tid, char name[KSM_THREAD_NAME]);
+/* false: it is gone; *out is empty then. */
+bool ksm_thread_look(int tasks, int tid, struct ksm_thread *out);
 bool ksm_thread_blocks(int tasks, int tid, int signal);
 /* Is it waiting for a child of vfork or posix_spawn? */
 bool ksm_thread_in_vfork(int tasks, int tid);
-/* Is it one of the kernel's inside this process, by its name: carries out io_uring requests, or a virtual machine's. */
-bool ksm_thread_is_kernels(const char *name);
 
 #endif
