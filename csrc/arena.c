@@ -151,8 +151,8 @@ static void renew_pages(struct ksm_arena *arena, struct ksm_half *half, struct k
 			memset(at, 0, nbytes);
 		return;
 	}
-	uint64_t mask = ksm_os_mask_sigsafe(UINT64_MAX); /* see arena_access.c, ACCESS-3 */
 	ksm_merge_lock(peer);
+	uint64_t mask = ksm_os_mask_sigsafe(UINT64_MAX); /* see arena_access.c, ACCESS-3 */
 	for (size_t i = 0; i < pages && !framed; i++)
 		framed = ksm_region_frame(region, page + i) != KSM_NO_FRAME ||
 			 (region->guard && ksm_guard_get(region->guard, page + i) != KSM_GUARD_OPEN);
@@ -173,8 +173,8 @@ static void renew_pages(struct ksm_arena *arena, struct ksm_half *half, struct k
 		memset(at, 0, nbytes);
 		ksm_count(peer->self, KSM_FAILURES, 1);
 	}
-	ksm_merge_unlock(peer);
 	ksm_os_mask_sigsafe(mask);
+	ksm_merge_unlock(peer);
 }
 
 static void give_pages(struct ksm_arena *arena, struct ksm_half *half, struct ksm_area *area, char *at, size_t pages)

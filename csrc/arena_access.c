@@ -58,17 +58,16 @@ static int freeze(struct ksm_member *member, void *context)
 }
 
 /* ACCESS-3. Returns the mask that was. */
-static uint64_t mask_and_lock(struct ksm_peer *peer)
+static uint64_t lock_and_mask(struct ksm_peer *peer)
 {
-	uint64_t mask = ksm_os_mask_sigsafe(UINT64_MAX);
-	ksm_merge_lock(peer);
-	return mask;
+	ksm_merge_lock(peer); /* first: a thread that waits for it can be held, by the scanner that has it */
+	return ksm_os_mask_sigsafe(UINT64_MAX);
 }
 
-static void unlock_and_unmask(struct ksm_peer *peer, uint64_t mask)
+static void unmask_and_unlock(struct ksm_peer *peer, uint64_t mask)
 {
-	ksm_merge_unlock(peer);
 	ksm_os_mask_sigsafe(mask);
+	ksm_merge_unlock(peer);
 }
 
 int ksm_arena_freeze(struct ksm_arena *arena, void *address, size_t nbytes, size_t *pages)
@@ -95,9 +94,9 @@ int ksm_arena_thaw(struct ksm_arena *arena, void *address, size_t nbytes)
 	int r = range_of(arena, address, nbytes, true, &range);
 	if (r || !range.count)
 		return r;
-	uint64_t mask = mask_and_lock(peer);
+	uint64_t mask = lock_and_mask(peer);
 	r = ksm_thaw(range.region, range.first, range.count);
-	unlock_and_unmask(peer, mask);
+	unmask_and_unlock(peer, mask);
 	return r;
 }
 
@@ -123,13 +122,13 @@ int ksm_arena_writable_begin(struct ksm_arena *arena, void *address, size_t nbyt
 	struct ksm_hold *hold = malloc(sizeof(*hold));
 	if (!hold)
 		return -ENOMEM;
-	uint64_t mask = mask_and_lock(peer);
+	uint64_t mask = lock_and_mask(peer);
 	*hold = (struct ksm_hold){range.region->holds, range.first, range.count};
 	range.region->holds = hold; /* ACCESS-1 */
 	r = ksm_make_private(range.region, range.first, range.count);
 	if (r)
 		hold = unlist(&range);
-	unlock_and_unmask(peer, mask);
+	unmask_and_unlock(peer, mask);
 	if (r)
 		free(hold);
 	return r;
