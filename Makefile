@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-C      := $(wildcard csrc/*.[ch] tests/csrc/*.[ch] tests/soak/*.[ch])
-PYX    := $(wildcard ksmalloc/*.pyx ksmalloc/*.pxd)
+C      := $(wildcard csrc/*.[ch] tests/csrc/*.[ch] tests/soak/*.[ch] tests/eintr/*.c tests/bench/*.c)
+PYX    := $(wildcard ksmalloc/*.pyx ksmalloc/*.pxi ksmalloc/*.pxd)
 SECONDS ?= 3600
 
 .DEFAULT_GOAL := help

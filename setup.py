@@ -55,7 +55,7 @@ def core() -> Any:
             sources=["ksmalloc/_core.pyx", *sorted(filter(is_core, glob("csrc/*.c")))],
             depends=sorted(glob("csrc/*.h")),
             extra_compile_args=FLAGS,
-            extra_link_args=["-pthread"],
+            extra_link_args=["-pthread", "-Wl,-z,now"],  # nothing is looked up while threads are held
         ),
         build_dir="build",
         language_level=3,

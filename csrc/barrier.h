@@ -59,7 +59,7 @@ struct ksm_barrier {
 	struct ksm_park *park; /* the scanner's; NULL: no barrier that needs one */
 	int uffd;
 	char *scratch;
-	bool tainted; /* the descriptor is to be replaced when the window is closed */
+	bool tainted;                  /* the descriptor is to be replaced when the window is closed */
 	bool frozen_only;              /* segv: frozen pages are taken, no others */
 	uint8_t was[KSM_WINDOW_PAGES]; /* segv: what the guards said before */
 };

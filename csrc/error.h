@@ -22,7 +22,7 @@
 	X(KSM_EBUDGET, -5013, "the budget of memory mappings is spent")                                                \
 	X(KSM_EDUMPABLE, -5014, "the process is not dumpable, so it shows nothing to its peers")                       \
 	X(KSM_ESTOPPED, -5015, "the domain's settings say run = 0")                                                    \
-	X(KSM_ELOST, -5016, "the descriptors of the domain were closed and no peer could give them again")   \
+	X(KSM_ELOST, -5016, "the descriptors of the domain were closed and no peer could give them again")             \
 	X(KSM_EUNSTOPPABLE, -5017, "a thread of the process could not be stopped")                                     \
 	X(KSM_EDEVICES, -5018, "something other than threads may write to memory: io_uring, AIO, a device, AF_XDP")    \
 	X(KSM_EDISPLACED, -5019, "another SIGSEGV handler has taken the place of ours")                                \

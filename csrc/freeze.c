@@ -235,8 +235,7 @@ int ksm_make_private(struct ksm_region *region, ksm_pageno first, size_t count)
 		while (page + n < end && (ksm_region_guard_of(region, page + n) == KSM_GUARD_OPEN ||
 					  ksm_region_guard_of(region, page + n) == KSM_GUARD_WRITABLE))
 			n++;
-		int r = n ? break_by_kernel(ksm_region_page(region, page), n)
-			  : make_private_run(region, page, end);
+		int r = n ? break_by_kernel(ksm_region_page(region, page), n) : make_private_run(region, page, end);
 		if (r < 0)
 			return r;
 		page += n ? n : (size_t)r;

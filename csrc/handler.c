@@ -37,7 +37,8 @@
  * like this one only, for moments; it has to stay for FULL_NS, without faults of that thread in between. Any other mask
  * with SIGSEGV in it is looked at three times within 2 ms.
  * Left out are our own scanners, which block everything and store into no guarded memory, io_uring's workers, which store
- * as system calls do, and the dead. Without /proc nobody can be found.
+ * as system calls do, the helper threads of ZeroMQ (in every Jupyter kernel), which block everything and store into ZeroMQ's
+ * own memory, and the dead. Without /proc nobody can be found.
  *
  * Any thread may call what is exported; the short lock inside is stolen when its owner was left behind by a fork.
  */
@@ -331,7 +332,8 @@ static enum mask mask_of(int tasks, unsigned tid)
 	if (ksm_os_read_file(tasks, at, text, sizeof(text)) <= 0)
 		return MASK_OPEN; /* gone */
 	const char *state = strstr(text, "\nState:\t"), *blocked = strstr(text, "\nSigBlk:\t");
-	if (!state || !blocked || strchr("ZXx", state[8]) || !strncmp(text, "Name:\tiou-", 10))
+	if (!state || !blocked || strchr("ZXx", state[8]) || !strncmp(text, "Name:\tiou-", 10) ||
+	    !strncmp(text, "Name:\tZMQbg/", 12))
 		return MASK_OPEN;
 	uint64_t mask = strtoull(blocked + 9, NULL, 16);
 	if (!(mask & bit_of(SIGSEGV)))

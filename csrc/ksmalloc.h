@@ -120,20 +120,20 @@ struct ksm_stats {
 
 /* What this process may do here, and why not more. Codes: 0 (works), or why it does not. */
 struct ksm_capabilities {
-	int32_t barrier;      /* enum ksm_barrier_kind: in force */
-	int32_t tracking;     /* enum ksm_tracking: in force */
-	int32_t move;         /* the barrier "move": -EPERM, -EACCES, -ENOENT: no userfaultfd; -EINVAL: kernel too old */
-	int32_t uffd_device;  /* opening /dev/userfaultfd */
-	int32_t uffd_call;    /* userfaultfd(2) for faults of the kernel */
-	int32_t uffd_user;    /* … of user code only: any process may, so EPERM means that a filter refuses it */
-	int32_t stop;         /* the barrier "stop"; KSM_EUNSTOPPABLE, KSM_EDEVICES: as of the last attempt */
-	int32_t stop_signal;  /* in use; 0: none yet */
-	int32_t segv;         /* the SIGSEGV handler: 0, KSM_EDISPLACED, KSM_EMASKED (looked up now) */
-	int32_t handler;      /* 1: it is installed */
-	int32_t pagemap;      /* reading /proc/self/pagemap */
-	int32_t dumpable;     /* PR_GET_DUMPABLE */
-	int32_t why_not;      /* what keeps this process from merging */
-	uint64_t stops;       /* ever */
+	int32_t barrier;     /* enum ksm_barrier_kind: in force */
+	int32_t tracking;    /* enum ksm_tracking: in force */
+	int32_t move;        /* the barrier "move": -EPERM, -EACCES, -ENOENT: no userfaultfd; -EINVAL: kernel too old */
+	int32_t uffd_device; /* opening /dev/userfaultfd */
+	int32_t uffd_call;   /* userfaultfd(2) for faults of the kernel */
+	int32_t uffd_user;   /* … of user code only: any process may, so EPERM means that a filter refuses it */
+	int32_t stop;        /* the barrier "stop"; KSM_EUNSTOPPABLE, KSM_EDEVICES: as of the last attempt */
+	int32_t stop_signal; /* in use; 0: none yet */
+	int32_t segv;        /* the SIGSEGV handler: 0, KSM_EDISPLACED, KSM_EMASKED (looked up now) */
+	int32_t handler;     /* 1: it is installed */
+	int32_t pagemap;     /* reading /proc/self/pagemap */
+	int32_t dumpable;    /* PR_GET_DUMPABLE */
+	int32_t why_not;     /* what keeps this process from merging */
+	uint64_t stops;      /* ever */
 	uint64_t stops_failed;
 	uint64_t suspensions;
 	char stop_reason[KSM_WHY_MAX]; /* the last failure in words: which thread, which descriptor; "" */

@@ -36,7 +36,7 @@ struct ksm_merger {
 	uint64_t vma_budget;
 	uint32_t budget_round; /* raised when the budget is set anew */
 	int64_t grants_left;   /* of it, for breaks by our handler */
-	char *buffer; /* KSM_STRETCH pages: copies of the frames to be compared with */
+	char *buffer;          /* KSM_STRETCH pages: copies of the frames to be compared with */
 	/* the stretch at hand */
 	struct ksm_region *region;
 	ksm_pageno first;
@@ -49,7 +49,7 @@ struct ksm_merger {
 	bool promoted[KSM_STRETCH];
 	uint8_t verdicts[KSM_STRETCH];
 	bool is_frozen[KSM_STRETCH]; /* when it was looked at: a store may thaw it at any time */
-	bool worn[KSM_STRETCH]; /* broken for a while: to be given anonymous memory again */
+	bool worn[KSM_STRETCH];      /* broken for a while: to be given anonymous memory again */
 };
 
 static inline char *ksm_merger_page(const struct ksm_merger *merger, size_t i)

@@ -54,6 +54,7 @@
 #define LOOK_AT_MOST 16          /* missing threads whose state is looked up */
 #define SHARE 4                  /* PARK-5 */
 #define SOON 2                   /* delays at most, see back_off(): nothing is wrong with the thread … */
+#define OFTEN 3                  /* … or looking costs others nothing … */
 #define LATER 5                  /* … or it may stay like that */
 
 struct tables {
@@ -257,7 +258,7 @@ static void let_go(struct ksm_park *park)
 static int explain(struct ksm_park *park, int code, int tid)
 {
 	struct ksm_thread thread;
-	const char *what = "did not answer in time";
+	const char *what = NULL;
 	ksm_thread_look(park->tasks, tid, &thread);
 	if (thread.kernels) {
 		snprintf(park->reason, sizeof(park->reason), "io_uring or vhost: thread %d (%s)", tid, thread.name);
@@ -273,13 +274,29 @@ static int explain(struct ksm_park *park, int code, int tid)
 		what = "blocks the signal";
 		park->culprit = tid;
 	}
-	snprintf(park->reason, sizeof(park->reason), "thread %d (%s) %s", tid, thread.name, what);
+	park->patience = what ? LATER : SOON; /* SOON: it got no processor, on a busy machine */
+	snprintf(park->reason, sizeof(park->reason), "thread %d (%s) %s", tid, thread.name,
+		 what ? what : "did not answer in time");
 	return code;
 }
 
 static void say(struct ksm_park *park, const char *text)
 {
 	snprintf(park->reason, sizeof(park->reason), "%s", text);
+}
+
+/*
+ * A thread that blocks the signal would not park; and if it waits for signals itself (sigwait, signalfd) it would be handed
+ * ours. So it is not sent one. Nobody was disturbed to find this out, so it can be looked up often.
+ */
+static int refuse_blocker(struct ksm_park *park, int tid)
+{
+	struct ksm_thread thread;
+	ksm_thread_look(park->tasks, tid, &thread);
+	snprintf(park->reason, sizeof(park->reason), "thread %d (%s) blocks the signal", tid, thread.name);
+	park->culprit = tid;
+	park->patience = OFTEN;
+	return KSM_EUNSTOPPABLE;
 }
 
 static int begin_locked(struct ksm_park *park)
@@ -302,6 +319,9 @@ static int begin_locked(struct ksm_park *park)
 		say(park, ksm_hazards_text(park->hazards));
 		return r;
 	}
+	int blocker = ksm_thread_find_blocker(park->tasks, world.tables->tids, world.count, ksm_gate_signal());
+	if (blocker)
+		return refuse_blocker(park, blocker);
 	struct gathering g = {.park = park};
 	park->begun_ns = ksm_os_now_ns();
 	ksm_gate_close();

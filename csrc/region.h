@@ -33,18 +33,18 @@ struct ksm_region {
 	struct ksm_index *index;
 	struct ksm_region *next; /* in the scanner's list */
 	char *base;
-	size_t room;                      /* pages, fixed */
-	size_t used;                      /* pages [0, used) may have been handed out; atomic, only grows */
-	uint64_t *words;                  /* one a page */
-	ksm_frameno home;                 /* the frame page 0 would like, or KSM_NO_FRAME: see ksm_region_home() */
-	bool background;                  /* merged by the scanner when nobody asks */
-	bool excluded;                    /* unmerged by name: left alone until scanned by name */
-	bool registered;                  /* somebody else's memory */
-	bool sigsegv;                     /* merged pages are read-only, our handler copies them */
-	struct ksm_guard *guard;          /* NULL: no page of it was ever made read-only */
-	uint64_t breaks_counted;          /* of guard->breaks */
-	uint32_t budget_round;            /* in which its breaks were granted mappings */
-	bool frozen;                      /* some page was frozen, ever */
+	size_t room;             /* pages, fixed */
+	size_t used;             /* pages [0, used) may have been handed out; atomic, only grows */
+	uint64_t *words;         /* one a page */
+	ksm_frameno home;        /* the frame page 0 would like, or KSM_NO_FRAME: see ksm_region_home() */
+	bool background;         /* merged by the scanner when nobody asks */
+	bool excluded;           /* unmerged by name: left alone until scanned by name */
+	bool registered;         /* somebody else's memory */
+	bool sigsegv;            /* merged pages are read-only, our handler copies them */
+	struct ksm_guard *guard; /* NULL: no page of it was ever made read-only */
+	uint64_t breaks_counted; /* of guard->breaks */
+	uint32_t budget_round;   /* in which its breaks were granted mappings */
+	bool frozen;             /* some page was frozen, ever */
 	struct ksm_hold *holds;
 	uint64_t states[KSM_PAGE_STATES]; /* pages in each state, UNKNOWN not counted */
 };

@@ -305,7 +305,8 @@ static int restore_held(struct ksm_region *region, struct ksm_barrier *barrier, 
 /* ---- the ways in their order --------------------------------------------------------------------------------- */
 
 /* Pages from `page` that refer to frames, all guarded or none, all held for writing or none. */
-static size_t run_at(const struct ksm_region *region, const struct ksm_barrier *barrier, ksm_pageno page, ksm_pageno end)
+static size_t run_at(const struct ksm_region *region, const struct ksm_barrier *barrier, ksm_pageno page,
+		     ksm_pageno end)
 {
 	bool guarded = is_guarded(region, barrier, page), held = ksm_region_is_held(region, page);
 	size_t n = 1;

@@ -31,7 +31,7 @@ int ksm_restore(struct ksm_region *region, struct ksm_barrier *barrier, struct k
  * Give the broken pages i of [first, first + count) that `worn` names anonymous memory, all threads parked. buffer: room
  * for `count` pages. *given counts them. Merge lock held; the scanner's thread only. Errors as ksm_park_begin().
  */
-int ksm_give_back(struct ksm_region *region, struct ksm_barrier *barrier, struct ksm_park *park, ksm_pageno first, size_t count, const bool *worn,
-		  char *buffer, uint64_t *given);
+int ksm_give_back(struct ksm_region *region, struct ksm_barrier *barrier, struct ksm_park *park, ksm_pageno first,
+		  size_t count, const bool *worn, char *buffer, uint64_t *given);
 
 #endif

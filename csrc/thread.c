@@ -17,6 +17,16 @@
 #define IO_WORKER 0x10u
 #define USER_WORKER 0x4000u
 
+/* Threads whose masks were found to be open. One scanner at a time, see park.c. */
+#define SEEN 4096
+#define SEEN_FOR_NS 100000000u
+#define LOOKS 3
+#define PAUSE_NS 100000u
+static struct seen {
+	int tid, signal;
+	uint64_t at_ns;
+} seen[SEEN];
+
 /* A file of a thread's; its length, 0 if it cannot be had. */
 static int read_of(int tasks, int tid, const char *file, char *text, size_t room)
 {
@@ -75,4 +85,21 @@ bool ksm_thread_in_vfork(int tasks, int tid)
 		return true;
 #endif
 	return number == SYS_clone || number == SYS_clone3;
+}
+
+int ksm_thread_find_blocker(int tasks, const int *tids, size_t count, int signal)
+{
+	uint64_t now = ksm_os_now_ns();
+	for (size_t i = 0; i < count; i++) {
+		struct seen *one = &seen[(size_t)tids[i] % SEEN];
+		if (one->tid == tids[i] && one->signal == signal && now - one->at_ns < SEEN_FOR_NS)
+			continue;
+		for (int look = 0; ksm_thread_blocks(tasks, tids[i], signal); look++) {
+			if (look == LOOKS)
+				return tids[i];
+			ksm_os_sleep_ns(PAUSE_NS); /* one that has just begun, or is in a signal handler? */
+		}
+		*one = (struct seen){tids[i], signal, now};
+	}
+	return 0;
 }

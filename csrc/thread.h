@@ -16,6 +16,8 @@ struct ksm_thread {
 /* false: it is gone; *out is empty then. */
 bool ksm_thread_look(int tasks, int tid, struct ksm_thread *out);
 bool ksm_thread_blocks(int tasks, int tid, int signal);
+/* The first of these threads that blocks the signal, and not just for a moment; 0: none. Masks are looked up now and then. */
+int ksm_thread_find_blocker(int tasks, const int *tids, size_t count, int signal);
 /* Is it waiting for a child of vfork or posix_spawn? */
 bool ksm_thread_in_vfork(int tasks, int tid);
 
