@@ -147,14 +147,15 @@ static void opened(struct ksm_guard *guard, size_t page, size_t n, enum ksm_guar
 	ksm_guard_set(guard, page, n, (uint8_t)then);
 }
 
-/* COW-3: `page` is claimed and was in `state`; all its neighbours in the same state become writable with it. */
+/* COW-3: `page` is claimed and was in `state`; the neighbours that are like it, frozen too or not either, go with it. */
 static int open_neighbourhood(struct ksm_guard *guard, size_t page, enum ksm_guard_state state)
 {
 	enum ksm_guard_state then = state == KSM_GUARD_MERGED ? KSM_GUARD_WRITABLE : KSM_GUARD_OPEN;
+	uint8_t byte = (uint8_t)state | (ksm_guard_get(guard, page) & KSM_GUARD_FROZEN);
 	size_t low = page, end = page + 1;
-	while (low > 0 && claim_state(guard, low - 1, state))
+	while (low > 0 && ksm_guard_claim_from_sigsafe(guard, low - 1, byte))
 		low--;
-	while (end < guard->pages && claim_state(guard, end, state))
+	while (end < guard->pages && ksm_guard_claim_from_sigsafe(guard, end, byte))
 		end++;
 	int r = protect_all(guard, low, end - low);
 	if (!r) {
