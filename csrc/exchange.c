@@ -39,16 +39,28 @@ static void socket_name(ksm_slotno slot, char name[24])
 void ksm_exchange_init(struct ksm_exchange *exchange)
 {
 	memset(exchange, 0, sizeof(*exchange));
-	exchange->listener = -1;
+	exchange->listener = exchange->own = -1;
 	for (size_t i = 0; i < KSM_EXCHANGE_CLIENTS; i++)
 		exchange->clients[i].fd = -1;
 	for (size_t i = 0; i < KSM_SEEDS; i++)
 		exchange->seeds[i] = -1;
 }
 
+/* A thread that forks must reach its scanner also when the rendezvous is closed to it, after a change of user. */
+static void open_own(struct ksm_exchange *exchange)
+{
+	uint64_t random[2];
+	if (ksm_os_random(random, sizeof(random)))
+		return;
+	snprintf(exchange->own_name, sizeof(exchange->own_name), "ksmalloc-%016llx%016llx",
+		 (unsigned long long)random[0], (unsigned long long)random[1]);
+	exchange->own = ksm_os_listen(-1, exchange->own_name);
+}
+
 int ksm_exchange_open(struct ksm_exchange *exchange, const struct ksm_peer *peer)
 {
 	char name[24];
+	open_own(exchange);
 	socket_name(peer->seat.slot, name);
 	ksm_os_unlink(peer->fds.directory, name, false);
 	int fd = ksm_os_listen(peer->fds.directory, name);
@@ -64,6 +76,7 @@ void ksm_exchange_close(struct ksm_exchange *exchange, const struct ksm_peer *pe
 	for (size_t i = 0; i < KSM_EXCHANGE_CLIENTS; i++)
 		ksm_os_close(exchange->clients[i].fd);
 	ksm_os_close(exchange->listener);
+	ksm_os_close(exchange->own);
 	if (unlink && exchange->listener >= 0) {
 		socket_name(peer->seat.slot, name);
 		ksm_os_unlink(peer->fds.directory, name, false);
@@ -76,8 +89,11 @@ void ksm_exchange_close(struct ksm_exchange *exchange, const struct ksm_peer *pe
 size_t ksm_exchange_poll_set(const struct ksm_exchange *exchange, struct pollfd *out)
 {
 	size_t n = 0;
-	if (exchange->listener >= 0 && ksm_os_now_ns() >= exchange->deaf_until_ns)
+	bool deaf = ksm_os_now_ns() < exchange->deaf_until_ns;
+	if (exchange->listener >= 0 && !deaf)
 		out[n++] = (struct pollfd){.fd = exchange->listener, .events = POLLIN};
+	if (exchange->own >= 0 && !deaf)
+		out[n++] = (struct pollfd){.fd = exchange->own, .events = POLLIN};
 	for (size_t i = 0; i < KSM_EXCHANGE_CLIENTS; i++)
 		if (exchange->clients[i].fd >= 0)
 			out[n++] = (struct pollfd){.fd = exchange->clients[i].fd, .events = POLLIN};
@@ -140,10 +156,10 @@ static bool serve_client(struct ksm_exchange *exchange, const struct ksm_peer *p
 	return true;
 }
 
-static void welcome(struct ksm_exchange *exchange, const struct ksm_peer *peer, uint64_t now)
+static void welcome(struct ksm_exchange *exchange, const struct ksm_peer *peer, int listener, uint64_t now)
 {
 	int fd;
-	while ((fd = ksm_os_accept(exchange->listener)) >= 0) {
+	while ((fd = ksm_os_accept(listener)) >= 0) {
 		if (serve_client(exchange, peer, fd)) {
 			ksm_os_close(fd);
 			continue;
@@ -168,8 +184,6 @@ static void welcome(struct ksm_exchange *exchange, const struct ksm_peer *peer, 
 void ksm_exchange_serve(struct ksm_exchange *exchange, const struct ksm_peer *peer)
 {
 	uint64_t now = ksm_os_now_ns();
-	if (exchange->listener < 0)
-		return;
 	for (size_t i = 0; i < KSM_EXCHANGE_CLIENTS; i++) {
 		if (exchange->clients[i].fd < 0)
 			continue;
@@ -179,7 +193,10 @@ void ksm_exchange_serve(struct ksm_exchange *exchange, const struct ksm_peer *pe
 			exchange->clients[i].fd = -1;
 		}
 	}
-	welcome(exchange, peer, now);
+	if (exchange->listener >= 0)
+		welcome(exchange, peer, exchange->listener, now);
+	if (exchange->own >= 0)
+		welcome(exchange, peer, exchange->own, now);
 }
 
 /* ---- asking ------------------------------------------------------------------------------------------- */
@@ -188,20 +205,18 @@ void ksm_exchange_serve(struct ksm_exchange *exchange, const struct ksm_peer *pe
  * One request to one peer. Returns the number of descriptors in fds, or an error; -EAGAIN: no answer in time.
  * exchange and peer may be NULL: nobody to serve meanwhile (EXCH-2).
  */
-static int ask(int directory, ksm_slotno slot, const struct ksm_message *request, int fds[KSM_OS_FDS_MAX],
-	       uint64_t deadline, struct ksm_exchange *exchange, const struct ksm_peer *peer)
+static int ask_at(int directory, const char *name, const struct ksm_message *request, int fds[KSM_OS_FDS_MAX],
+		  uint64_t deadline, struct ksm_exchange *exchange, const struct ksm_peer *peer)
 {
 	struct pollfd set[KSM_EXCHANGE_POLL + 1];
 	struct ksm_message reply;
 	uid_t uid;
 	pid_t pid;
-	char name[24];
-	socket_name(slot, name);
 	int fd = ksm_os_connect(directory, name);
 	if (fd < 0)
 		return fd;
 	int r = ksm_os_peer_uid(fd, &uid, &pid);
-	if (!r && uid != geteuid())
+	if (!r && uid != geteuid() && pid != getpid()) /* ours may have begun to listen as somebody else */
 		r = KSM_EOWNER;
 	if (!r)
 		r = ksm_os_send(fd, request, sizeof(*request), NULL, 0);
@@ -232,6 +247,14 @@ static int ask(int directory, ksm_slotno slot, const struct ksm_message *request
 	}
 	ksm_os_close(fd);
 	return r;
+}
+
+static int ask(int directory, ksm_slotno slot, const struct ksm_message *request, int fds[KSM_OS_FDS_MAX],
+	       uint64_t deadline, struct ksm_exchange *exchange, const struct ksm_peer *peer)
+{
+	char name[24];
+	socket_name(slot, name);
+	return ask_at(directory, name, request, fds, deadline, exchange, peer);
 }
 
 int ksm_exchange_join(int directory, int file, uint32_t timeout_ms, int *control, int *store)
@@ -293,11 +316,13 @@ int ksm_exchange_fetch_bitmap(struct ksm_exchange *exchange, struct ksm_peer *pe
 	return -EAGAIN;
 }
 
-int ksm_exchange_seeds(int directory, ksm_slotno slot, int fds[KSM_OS_FDS_MAX])
+int ksm_exchange_seeds(const struct ksm_exchange *exchange, int fds[KSM_OS_FDS_MAX])
 {
 	struct ksm_message request = {
-		.magic = KSM_MAGIC, .kind = KSM_MESSAGE_SEEDS, .slot = slot, .layout = ksm_layout_hash()};
-	return ask(directory, slot, &request, fds, ksm_os_now_ns() + 2000000000ull, NULL, NULL);
+		.magic = KSM_MAGIC, .kind = KSM_MESSAGE_SEEDS, .slot = KSM_NO_SLOT, .layout = ksm_layout_hash()};
+	if (!exchange->own_name[0])
+		return -ENOTCONN;
+	return ask_at(-1, exchange->own_name, &request, fds, ksm_os_now_ns() + 2000000000ull, NULL, NULL);
 }
 
 void ksm_exchange_wake(const struct ksm_peer *peer, ksm_slotno slot)

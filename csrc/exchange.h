@@ -16,6 +16,8 @@ struct pollfd;
 
 struct ksm_exchange {
 	int listener; /* -1: not listening */
+	int own;      /* listens for threads of our own process, under a name that only they know; -1: not */
+	char own_name[48];
 	struct {
 		int fd; /* -1: free */
 		uint64_t since_ns;
@@ -26,7 +28,7 @@ struct ksm_exchange {
 };
 
 /* Most descriptors ksm_exchange_poll_set() can add. */
-#define KSM_EXCHANGE_POLL (KSM_EXCHANGE_CLIENTS + 1)
+#define KSM_EXCHANGE_POLL (KSM_EXCHANGE_CLIENTS + 2)
 
 void ksm_exchange_init(struct ksm_exchange *exchange);
 /* Bind and listen as the peer's slot (what a dead predecessor left there is removed: we hold the slot's lock). */
@@ -48,8 +50,8 @@ int ksm_exchange_join(int directory, int file, uint32_t timeout_ms, int *control
  */
 int ksm_exchange_fetch_bitmap(struct ksm_exchange *exchange, struct ksm_peer *peer, ksm_slotno slot,
 			      uint32_t timeout_ms);
-/* From another thread of the process whose scanner serves `slot`: its seeds, in order. Returns how many. */
-int ksm_exchange_seeds(int directory, ksm_slotno slot, int fds[KSM_OS_FDS_MAX]);
+/* From another thread of the process whose scanner serves: its seeds, in order. Returns how many, or an error. */
+int ksm_exchange_seeds(const struct ksm_exchange *exchange, int fds[KSM_OS_FDS_MAX]);
 /* Shorten the sleep of another peer's scanner. */
 void ksm_exchange_wake(const struct ksm_peer *peer, ksm_slotno slot);
 

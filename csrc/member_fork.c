@@ -159,16 +159,14 @@ int ksm_member_prepare_child(struct ksm_member *member)
 void ksm_member_fetch_seeds(struct ksm_member *member)
 {
 	int fds[KSM_OS_FDS_MAX];
-	int directory = open(member->directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
-	int n = directory < 0 ? 0 : ksm_exchange_seeds(directory, member->peer.seat.slot, fds);
-	ksm_os_close(directory);
+	int n = ksm_exchange_seeds(&member->exchange, fds);
 	for (int i = 0; i < n; i++) {
 		if (i < KSM_SEEDS)
 			member->seeds[i] = fds[i];
 		else
 			ksm_os_close(fds[i]);
 	}
-	for (int seed = 0; seed < KSM_SEED_UFFD && n <= 0; seed++) /* the rendezvous was removed, or nobody answers */
+	for (int seed = 0; seed < KSM_SEED_UFFD && n <= 0; seed++) /* nobody answers: another network namespace */
 		if (member->exchange.seeds[seed] >= 0)
 			member->seeds[seed] = ksm_os_reopen_from(member->tid, member->exchange.seeds[seed],
 								 seed == KSM_SEED_DIRECTORY);

@@ -211,7 +211,7 @@ int ksm_os_uffd_protect(int uffd, void *at, size_t nbytes, bool on);
 
 #define KSM_OS_FDS_MAX 8
 
-/* SOCK_SEQPACKET, close-on-exec, non-blocking; the path is relative to dirfd. */
+/* SOCK_SEQPACKET, close-on-exec, non-blocking; the path is relative to dirfd. dirfd -1: an abstract name. */
 int ksm_os_listen(int dirfd, const char *name);
 int ksm_os_connect(int dirfd, const char *name);
 int ksm_os_accept(int fd);

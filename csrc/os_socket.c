@@ -20,6 +20,8 @@ static int address_of(int dirfd, const char *name, struct sockaddr_un *out)
 {
 	memset(out, 0, sizeof(*out));
 	out->sun_family = AF_UNIX;
+	if (dirfd < 0) /* abstract: the first byte is zero, the rest of the room belongs to the name */
+		return snprintf(out->sun_path + 1, sizeof(out->sun_path) - 1, "%s", name) > 0 ? 0 : -EINVAL;
 	int n = snprintf(out->sun_path, sizeof(out->sun_path), "/proc/thread-self/fd/%d/%s", dirfd, name);
 	return n > 0 && (size_t)n < sizeof(out->sun_path) ? 0 : -ENAMETOOLONG;
 }
