@@ -149,6 +149,8 @@ static bool cursor_settle(struct ksm_scanner *scanner)
 static void publish_why_not(struct ksm_scanner *scanner, int why_not)
 {
 	const struct ksm_barrier_ops *ops = scanner->barrier.ops;
+	if (why_not == -EAGAIN) /* the next pass will do it */
+		why_not = 0;
 	if (!why_not && ops && ops->kind == KSM_BARRIER_STOP)
 		why_not = scanner->park.why;
 	ksm_store_relaxed(&scanner->peer->self->why_not, why_not);
@@ -350,18 +352,29 @@ int64_t ksm_scan_sweep(struct ksm_scanner *scanner, bool all, const struct ksm_s
 }
 
 #define RESTORE_PAGES 512 /* under one hold of the merge lock */
+#define RESTORE_PATIENCE_NS 3000000000u
+#define RESTORE_PAUSE_NS 100000000u
 
 int ksm_scan_restore(struct ksm_scanner *scanner, struct ksm_region *region, enum ksm_restore_broken broken,
 		     const struct ksm_scan_between *between, struct ksm_restore_counts *counts)
 {
 	struct ksm_park *park = scanner->park.ready ? &scanner->park : NULL;
+	uint64_t patient_until = ksm_os_now_ns() + RESTORE_PATIENCE_NS;
 	size_t used = used_pages(region);
 	int r = 0;
-	for (ksm_pageno page = 0; page < used && !r; page += RESTORE_PAGES) {
+	for (ksm_pageno page = 0; page < used && !r;) {
 		size_t n = KSM_MIN(used - page, (size_t)RESTORE_PAGES);
 		ksm_merge_lock(scanner->peer);
 		r = ksm_restore(region, &scanner->barrier, park, page, n, broken, counts);
 		ksm_merge_unlock(scanner->peer);
+		uint64_t now = ksm_os_now_ns();
+		if (r == KSM_EUNSTOPPABLE && now < patient_until) { /* somebody waits for this: try again */
+			uint64_t at = scanner->park.retry_at_ns;
+			ksm_os_sleep_ns(at > now ? KSM_MIN(at - now, RESTORE_PAUSE_NS) : 0);
+			r = 0;
+		} else {
+			page += n;
+		}
 		pause_between(scanner, between);
 	}
 	return r;
