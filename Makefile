@@ -6,10 +6,12 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 C      := $(wildcard csrc/*.[ch] tests/csrc/*.[ch] tests/soak/*.[ch] tests/eintr/*.c tests/bench/*.c)
 PYX    := $(wildcard ksmalloc/*.pyx ksmalloc/*.pxi ksmalloc/*.pxd)
+BENCH  := -std=gnu11 -D_GNU_SOURCE -O2 -pthread -iquote csrc
+CORE   := $(filter-out csrc/preload.c,$(wildcard csrc/*.c))
 SECONDS ?= 3600
 
 .DEFAULT_GOAL := help
-.PHONY: help build test ctest model asan ubsan soak lint format docs demo clean
+.PHONY: help build test ctest model asan ubsan soak growth stall breaks lint format docs demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +41,19 @@ ubsan: $(READY) ## the core's own tests under the undefined-behaviour sanitizer
 
 soak: build ## the lost-write soak, SECONDS=3600 long
 	KSMALLOC_SOAK_SECONDS=$(SECONDS) $(BIN)/pytest -s tests/test_soak.py
+
+growth: build ## memory that is rewritten and merged over and over, SECONDS=3600 long
+	KSMALLOC_GROWTH_SECONDS=$(SECONDS) $(BIN)/pytest -s tests/test_growth.py
+
+stall: $(READY) ## how long a window keeps a thread from its work; nothing else should run
+	mkdir -p build
+	$(CC) $(BENCH) tests/bench/stall.c $(CORE) -o build/stall
+	build/stall 5000 3
+
+breaks: $(READY) ## what a write to a merged page costs: the kernel, our handler, kernel KSM
+	mkdir -p build
+	$(CC) $(BENCH) tests/bench/breaks.c $(CORE) -o build/breaks
+	build/breaks 4000
 
 lint: build ## formatting, style, types
 	$(BIN)/clang-format --dry-run -Werror $(C)

@@ -11,7 +11,8 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 MAX_LINES = 450
 SMALL = 30  # a .c file this short needs no DOC block
 EVERYBODYS = "ksmalloc.h"  # types only, so every floor may include it
-WHOLES = ("arena", "barrier", "domain", "member", "merge", "os", "peer", "worker")  # os_uffd.c is a part of os.h
+# os_uffd.c is a part of os.h
+WHOLES = ("arena", "barrier", "domain", "member", "merge", "os", "peer", "worker")
 
 
 def expand(pattern: str) -> list[str]:

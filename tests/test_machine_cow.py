@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The random machine again, with frozen memory and memory held writable, under the barriers and copies-on-write."""
+"""The random machine again, with frozen memory and memory held writable, by barrier and copy-on-write."""
 
 from __future__ import annotations
 

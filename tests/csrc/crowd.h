@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * crowd.h: threads that write all over some pages, each into a word of its own in every page, and know what must be
- * there. The last of them writes with system calls.
+ * there. The last of them writes with system calls; one that is refused (EFAULT) is made again, and counted.
  */
 #ifndef KSM_TESTS_CROWD_H
 #define KSM_TESTS_CROWD_H
@@ -25,6 +25,8 @@ struct crowd {
 	unsigned count;
 	unsigned pause_us; /* between writes */
 	uint32_t stop;
+	bool may_refuse;   /* system calls may meet read-only pages */
+	uint64_t refusals; /* how often they did */
 	struct crowd_writer writers[CROWD_MOST];
 };
 
@@ -41,7 +43,15 @@ KIT void *crowd_write(void *argument)
 			*at = *at + 1;
 		} else {
 			CHECK_EQ(pwrite(self->file, &self->shadow[page], 8, 0), 8);
-			CHECK_EQ(pread(self->file, (void *)at, 8, 0), 8);
+			while (pread(self->file, (void *)at, 8, 0) != 8) {
+				CHECK_EQ(errno, EFAULT);
+				ksm_add_relaxed(&crowd->refusals, 1);
+				ksm_os_sleep_ns(20000);
+				if (ksm_load_relaxed(&crowd->stop)) {
+					self->shadow[page]--; /* nothing of it has arrived */
+					break;
+				}
+			}
 		}
 		ksm_add_relaxed(&self->writes, 1);
 		if (crowd->pause_us)
@@ -74,6 +84,7 @@ KIT size_t crowd_end(struct crowd *crowd)
 {
 	size_t lost = 0;
 	ksm_store_release(&crowd->stop, 1);
+	CHECK(crowd->may_refuse || !ksm_load_relaxed(&crowd->refusals));
 	for (unsigned i = 0; i < crowd->count; i++) {
 		struct crowd_writer *writer = &crowd->writers[i];
 		pthread_join(writer->thread, NULL);

@@ -84,11 +84,13 @@ struct work {
 		struct world *); /* after the run with faults: has it owned up to what it did not do? May be NULL */
 	void (*check)(struct world *); /* after a second run without faults */
 	struct fault base[3];          /* these fail every time */
+	enum ksm_barrier_kind barrier;
+	bool few; /* errors: every call takes its time */
 };
 
-KIT void world_create(struct world *w, const char *domain)
+KIT void world_create(struct world *w, const char *domain, enum ksm_barrier_kind barrier)
 {
-	*w = (struct world){.member = members_join(domain), .ring = -1, .pinned = FIELD_PAGES};
+	*w = (struct world){.member = members_join_with(domain, barrier), .ring = -1, .pinned = FIELD_PAGES};
 	for (size_t i = 0; i < 2; i++) {
 		char *field = w->toucher.fields[i] = kit_map(FIELD_PAGES);
 		for (size_t page = 0; page < FIELD_PAGES; page++)
@@ -211,7 +213,7 @@ KIT void fault_run(const struct work *work, const struct fault *fault, uint32_t 
 	snprintf(domain, sizeof(domain), "w%d", (int)getpid());
 	members_forget();
 	alarm(20);
-	world_create(&w, domain);
+	world_create(&w, domain, work->barrier);
 	if (work->prepare)
 		work->prepare(&w);
 	world_start_toucher(&w);
@@ -304,7 +306,7 @@ KIT void walk_all(const struct work *work, bool (*excluded)(const struct fault *
 		for (uint32_t number = 0; number < counts[call] && !is_base; number++) {
 			if (!walk_takes(number, counts[call]))
 				continue;
-			for (size_t i = 0; i < 2 * KSM_COUNT(fault_errors); i++) {
+			for (size_t i = 0; i < 2 * KSM_COUNT(fault_errors); i += work->few && i % 2 ? 5 : 1) {
 				struct fault fault = {(enum ksm_os_call)call, number, i % 2 ? FAULT_ALWAYS : 1,
 						      fault_errors[i / 2]};
 				/* It is tried again for a while, whatever the error: once is enough. */

@@ -15,11 +15,13 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <linux/io_uring.h>
 #include <poll.h>
 #include <pthread.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 
 #define KIT __attribute__((unused)) static
 
@@ -103,7 +105,8 @@ KIT const char *kit_directory(void)
 		syscall(SYS_close_range, 1u, ~0u, 0);
 		poll(&(struct pollfd){.fd = 0, .events = POLLIN}, 1, -1);
 		/* Its children die now; one that was joining may make a name while we remove them. */
-		execl("/bin/sh", "sh", "-c", "for i in 1 2 3 4 5; do sleep 0.05; rm -rf \"$0\"; done", path,
+		execl("/bin/sh", "sh", "-c",
+		      "for i in 1 2 3 4 5; do sleep 0.05; rm -rf \"$0\" /dev/shm/ksmalloc-*/\"${0##*/}\"-*; done", path,
 		      (char *)NULL);
 		_exit(1);
 	}
@@ -115,6 +118,43 @@ KIT const char *kit_directory(void)
 	return path;
 }
 
+/* The name of a domain at the default place, which goes with the directory. */
+KIT const char *kit_name(const char *name)
+{
+	static char full[KSM_NAME_MAX + 1];
+	snprintf(full, sizeof(full), "%s-%s", strrchr(kit_directory(), '/') + 1, name);
+	return full;
+}
+
+#define KIT_NOBODY 65534
+
+/* The process becomes nobody: not dumpable any more. */
+KIT void kit_become_nobody(void)
+{
+	CHECK_SYS(setgid(KIT_NOBODY));
+	CHECK_SYS(setuid(KIT_NOBODY));
+	CHECK_SYS(prctl(PR_SET_PDEATHSIG, SIGKILL)); /* was lost with the user */
+	CHECK_EQ(prctl(PR_GET_DUMPABLE), 0);
+}
+
+KIT bool kit_is_root(void)
+{
+	if (geteuid() != 0)
+		printf("only root can become somebody else\n");
+	return geteuid() == 0;
+}
+
+/* One inside it that belongs to another user, for processes that become that user. */
+KIT const char *kit_directory_of(uid_t user)
+{
+	static char path[96];
+	CHECK_SYS(chmod(kit_directory(), 0711));
+	snprintf(path, sizeof(path), "%s/of-%u", kit_directory(), (unsigned)user);
+	CHECK(!mkdir(path, 0700) || errno == EEXIST);
+	CHECK_SYS(chown(path, user, user));
+	return path;
+}
+
 /* A domain of this case's own; 256 MiB of frames. */
 KIT struct ksm_domain_options kit_options(const char *name)
 {
@@ -122,13 +162,13 @@ KIT struct ksm_domain_options kit_options(const char *name)
 		.name = name, .path = kit_directory(), .store_fd = -1, .capacity_bytes = 256u << 20};
 }
 
-/* Is there a barrier here? A kernel or a container may refuse all of them; then there is nothing to test. */
+/* Can windows be opened by moving pages? A kernel or a container may refuse it. */
 KIT bool kit_can_merge(void)
 {
 	int uffd = ksm_os_uffd_open(KSM_UFFD_FEATURE_MOVE);
 	ksm_os_close(uffd);
 	if (uffd < 0)
-		printf("no window can be opened here: %s\n", ksm_error_name(uffd));
+		printf("no pages can be moved here: %s\n", ksm_error_name(uffd));
 	return uffd >= 0;
 }
 
@@ -252,11 +292,53 @@ KIT bool kit_is_registered(const void *at, size_t pages)
 KIT int kit_is_file(const void *page)
 {
 	int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-	uint16_t kind;
+	uint64_t entry;
 	(void)*(volatile const char *)page;
-	CHECK_EQ(ksm_os_pagemap(fd, page, 1, &kind), 0);
+	CHECK_EQ(pread(fd, &entry, 8, (off_t)((uintptr_t)page / KSM_PAGE_SIZE * 8)), 8);
 	close(fd);
-	return kind & KSM_PAGE_PRESENT ? (kind & KSM_PAGE_FILE) != 0 : -1;
+	return entry >> 63 ? (int)(entry >> 61 & 1) : -1;
+}
+
+/* Is the mapping at this address readable only? */
+KIT bool kit_is_readonly(const void *at)
+{
+	char line[512], mode[5] = "";
+	unsigned long from, to;
+	FILE *maps = fopen("/proc/self/maps", "re");
+	CHECK(maps);
+	while (fgets(line, sizeof(line), maps)) {
+		CHECK_EQ(sscanf(line, "%lx-%lx %4s", &from, &to, mode), 3);
+		if ((uintptr_t)at >= from && (uintptr_t)at < to)
+			break;
+		mode[0] = 0;
+	}
+	fclose(maps);
+	CHECK(mode[0]);
+	return !strcmp(mode, "r--p");
+}
+
+/* A system call that stores one byte, the one that is there: 0, or what it says. */
+KIT int kit_call_store(void *at)
+{
+	int file = ksm_os_memfd("byte");
+	CHECK_EQ(write(file, at, 1), 1);
+	int r = pread(file, at, 1, 0) == 1 ? 0 : -errno;
+	close(file);
+	return r;
+}
+
+/* Pin a page as a device would, and be one for whom it may be written: an io_uring's registered buffer. -1: not here. */
+KIT int kit_pin(void *page, size_t pages)
+{
+	struct io_uring_params params = {0};
+	struct iovec iov = {page, pages * KSM_PAGE_SIZE};
+	int ring = (int)syscall(SYS_io_uring_setup, 1, &params);
+	if (ring < 0) {
+		printf("no io_uring here: %s\n", strerror(errno));
+		return -1;
+	}
+	CHECK_SYS(syscall(SYS_io_uring_register, ring, IORING_REGISTER_BUFFERS, &iov, 1));
+	return ring;
 }
 
 KIT int kit_open_files(void)

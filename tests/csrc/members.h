@@ -60,12 +60,39 @@ KIT int members_try_join(const struct ksm_domain_options *options, struct ksm_me
 	FAIL("too many members");
 }
 
-KIT struct ksm_member *members_join(const char *name)
+/* With a barrier asked for by name. */
+KIT struct ksm_member *members_join_with(const char *name, enum ksm_barrier_kind barrier)
 {
 	struct ksm_domain_options options = kit_options(name);
 	struct ksm_member *member = NULL;
+	options.barrier = barrier;
 	CHECK_EQ(members_try_join(&options, &member), 0);
 	return member;
+}
+
+KIT struct ksm_member *members_join(const char *name)
+{
+	return members_join_with(name, KSM_BARRIER_AUTO);
+}
+
+/* Each barrier that works here, in a child of its own, in which the case runs as if it were alone. */
+KIT void members_on_each_barrier(void (*body)(enum ksm_barrier_kind kind))
+{
+	kit_directory();
+	for (size_t i = 0; ksm_barriers[i]; i++) {
+		if (ksm_barriers[i]->kind == KSM_BARRIER_MOVE && !kit_can_merge())
+			continue;
+		pid_t child = kit_fork();
+		if (child == 0) {
+			body(ksm_barriers[i]->kind);
+			fflush(NULL);
+			_exit(0);
+		}
+		int status = harness_wait(__FILE__, __LINE__, child);
+		if (status)
+			FAIL("%s: wait status 0x%x", ksm_barriers[i]->name, (unsigned)status);
+		printf("%s: as it should be\n", ksm_barriers[i]->name);
+	}
 }
 
 KIT void members_leave(struct ksm_member *member)

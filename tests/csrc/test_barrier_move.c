@@ -9,9 +9,6 @@
  */
 #include "faults.h"
 
-#include <linux/io_uring.h>
-#include <sys/uio.h>
-
 #define ALWAYS(name, skip, error) {KSM_OS_##name, skip, FAULT_ALWAYS, error}
 
 TEST_LIMIT(putting_back_survives_every_failing_call, 60)
@@ -107,7 +104,7 @@ static void ends_with(const struct fault *first, const struct fault *second, con
 		char *at = kit_map_filled(4, 1);
 		signal(SIGABRT, SIG_DFL);
 		dup2(ends[1], STDERR_FILENO);
-		CHECK_EQ(ksm_barrier_create(&barrier, KSM_BARRIER_MOVE), 0);
+		CHECK_EQ(ksm_barrier_create(&barrier, KSM_BARRIER_MOVE, NULL, -1), 0);
 		CHECK_EQ(ksm_window_open(&barrier, at, 4), 0);
 		ksm_os_fault_set(KSM_OS_UFFD_MOVE, 0, FAULT_ALWAYS, -ENOMEM);
 		ksm_os_fault_set(KSM_OS_UFFD_COPY, 0, FAULT_ALWAYS, -ENOMEM);
@@ -140,7 +137,7 @@ TEST(the_scratch_area_is_whole_after_mremap)
 	char *at = kit_map_filled(8, 1);
 	if (!kit_can_merge())
 		return;
-	CHECK_EQ(ksm_barrier_create(&barrier, KSM_BARRIER_MOVE), 0);
+	CHECK_EQ(ksm_barrier_create(&barrier, KSM_BARRIER_MOVE, NULL, -1), 0);
 	for (int round = 0; round < 5; round++) {
 		CHECK_EQ(ksm_window_open(&barrier, at, 8), 0);
 		CHECK_EQ(barrier.pages, 8);
