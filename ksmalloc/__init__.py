@@ -16,6 +16,7 @@ from ksmalloc.errors import (
     ClosedError,
     CorruptError,
     Error,
+    HandlerError,
     LayoutError,
     OwnerError,
     PeerError,
@@ -26,11 +27,14 @@ from ksmalloc.errors import (
 if not sys.platform.startswith("linux"):
     raise Unsupported("ksmalloc works on Linux only")
 
+from ksmalloc import handlers as _handlers
 from ksmalloc._core import Block
 from ksmalloc.arena import Arena, arena
+from ksmalloc.capabilities import Capabilities, capabilities
 from ksmalloc.domain import Domain, settle, stats
 from ksmalloc.load import load
 from ksmalloc.region import Registration, register
+from ksmalloc.remedies import Missing
 from ksmalloc.stats import ArenaStats, PeerInfo, Report, Stats
 
 __version__ = "0.1.0"
@@ -42,11 +46,14 @@ __all__ = [
     "BackingError",
     "BarrierError",
     "Block",
+    "Capabilities",
     "ClosedError",
     "CorruptError",
     "Domain",
     "Error",
+    "HandlerError",
     "LayoutError",
+    "Missing",
     "OwnerError",
     "PeerError",
     "PeerInfo",
@@ -56,8 +63,11 @@ __all__ = [
     "Stats",
     "Unsupported",
     "arena",
+    "capabilities",
     "load",
     "register",
     "settle",
     "stats",
 ]
+
+_handlers.choose_stop_signal()

@@ -7,6 +7,7 @@ cdef extern from "ksmalloc.h" nogil:
     enum:
         KSM_PEERS_MAX
         KSM_ARENA_NO_SCAN
+        KSM_ARENA_SIGSEGV
         KSM_ALLOC_UNMERGEABLE
 
     struct ksm_domain:
@@ -27,7 +28,14 @@ cdef extern from "ksmalloc.h" nogil:
     enum ksm_barrier_kind:
         KSM_BARRIER_AUTO
         KSM_BARRIER_MOVE
+        KSM_BARRIER_STOP
+        KSM_BARRIER_SEGV
         KSM_BARRIER_NONE
+
+    enum ksm_tracking:
+        KSM_TRACKING_NONE
+        KSM_TRACKING_PAGEMAP
+        KSM_TRACKING_DIGEST
 
     struct ksm_domain_options:
         const char *name
@@ -56,6 +64,9 @@ cdef extern from "ksmalloc.h" nogil:
         uint64_t cow_breaks
         uint64_t put_backs
         uint64_t failures
+        uint64_t give_backs
+        uint64_t stops
+        uint64_t suspensions
         uint64_t vmas_used
         uint64_t vma_budget
         uint64_t saved_bytes
@@ -67,6 +78,27 @@ cdef extern from "ksmalloc.h" nogil:
         int32_t why_not
 
     int ksm_domain_stats(ksm_domain *domain, ksm_stats *out)
+
+    struct ksm_capabilities:
+        int32_t barrier
+        int32_t tracking
+        int32_t move
+        int32_t uffd_device
+        int32_t uffd_call
+        int32_t uffd_user
+        int32_t stop
+        int32_t stop_signal
+        int32_t segv
+        int32_t handler
+        int32_t pagemap
+        int32_t dumpable
+        int32_t why_not
+        uint64_t stops
+        uint64_t stops_failed
+        uint64_t suspensions
+        char stop_reason[128]  # KSM_WHY_MAX
+
+    int ksm_domain_capabilities(ksm_domain *domain, ksm_capabilities *out)
 
     struct ksm_peer_info:
         int32_t pid
@@ -117,6 +149,11 @@ cdef extern from "ksmalloc.h" nogil:
     int ksm_arena_scan(ksm_arena *arena, ksm_report *out)
     int ksm_arena_unmerge(ksm_arena *arena, uint64_t *unmerged, uint64_t *broken)
 
+    int ksm_arena_freeze(ksm_arena *arena, void *address, size_t nbytes, size_t *pages)
+    int ksm_arena_thaw(ksm_arena *arena, void *address, size_t nbytes)
+    int ksm_arena_writable_begin(ksm_arena *arena, void *address, size_t nbytes)
+    int ksm_arena_writable_end(ksm_arena *arena, void *address, size_t nbytes)
+
     # A function of the same name exists, so the struct is named as C names it.
     ctypedef struct ksm_arena_numbers "struct ksm_arena_stats":
         uint64_t blocks
@@ -125,13 +162,21 @@ cdef extern from "ksmalloc.h" nogil:
         uint64_t pages_merged
         uint64_t pages_broken
         uint64_t pages_zero
+        uint64_t pages_frozen
+        uint64_t cow_breaks
         uint64_t scan
+        uint64_t sigsegv
 
     int ksm_arena_stats(ksm_arena *arena, ksm_arena_numbers *out)
 
     # ---- registered memory
     int ksm_region_register(ksm_domain *domain, void *address, size_t nbytes, ksm_region **out, size_t *pages)
     int ksm_region_unregister(ksm_region *region)
+
+    # ---- signals
+    int ksm_process_stop_signal(int signal)
+    int ksm_process_handler_reinstall()
+    void ksm_process_handler_popped()
 
     # ---- the process
     void ksm_process_on_wanted(void (*wanted)() noexcept)

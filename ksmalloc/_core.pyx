@@ -7,6 +7,7 @@
 """
 cimport cython
 from cpython cimport buffer as py
+from libc.errno cimport EINVAL
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 
 from ksmalloc cimport _capi as c
@@ -15,13 +16,19 @@ import operator
 import os
 import pickle
 import sys
-from ksmalloc import errors, forking
+from ksmalloc import errors
 
-cdef extern from "Python.h":
-    int Py_AddPendingCall(int (*call)(void *) noexcept, void *arg) nogil
-    int Py_IsInitialized() nogil
-
-BARRIERS = {"auto": <int>c.KSM_BARRIER_AUTO, "move": <int>c.KSM_BARRIER_MOVE}
+BARRIERS = {
+    "auto": <int>c.KSM_BARRIER_AUTO,
+    "move": <int>c.KSM_BARRIER_MOVE,
+    "stop": <int>c.KSM_BARRIER_STOP,
+    "segv": <int>c.KSM_BARRIER_SEGV,
+}
+TRACKINGS = {
+    "none": <int>c.KSM_TRACKING_NONE,
+    "pagemap": <int>c.KSM_TRACKING_PAGEMAP,
+    "digest": <int>c.KSM_TRACKING_DIGEST,
+}
 BACKINGS = {"memfd": <int>c.KSM_BACKING_MEMFD, "shm": <int>c.KSM_BACKING_SHM}
 
 cdef char *BYTES = b"B"  # a buffer's format: unsigned bytes
@@ -33,6 +40,11 @@ cdef int check(int rc, str asked="", tuple values=()) except -1:
         message = c.ksm_error_message(rc).decode()
         raise errors.from_code(rc, c.ksm_error_name(rc).decode(), message, asked.format(*values))
     return rc
+
+
+def symbol_of(int code):
+    """The symbol of a code, as ``"EACCES"``; None for 0."""
+    return c.ksm_error_name(code).decode() if code else None
 
 
 def describe(int code):
@@ -118,6 +130,13 @@ cdef class Domain:
         check(rc, "stats of a domain")
         return stats
 
+    def capabilities(self):
+        cdef c.ksm_capabilities found
+        with nogil:
+            rc = c.ksm_domain_capabilities(self.domain, &found)
+        check(rc, "capabilities of a process")
+        return found
+
     def peers(self):
         cdef bytearray room = bytearray(c.KSM_PEERS_MAX * sizeof(c.ksm_peer_info))
         cdef c.ksm_peer_info *found = <c.ksm_peer_info *><char *>room
@@ -143,6 +162,32 @@ cdef class Domain:
 # ---- arenas and blocks -------------------------------------------------------------------------------
 
 @cython.final
+@cython.no_gc_clear
+cdef class Span:
+    """Where a contiguous buffer lies in memory; exports it while it exists."""
+
+    cdef Py_buffer view
+
+    def __cinit__(self, buffer):
+        py.PyObject_GetBuffer(buffer, &self.view, py.PyBUF_STRIDES)
+        if not py.PyBuffer_IsContiguous(&self.view, b"A"):
+            raise BufferError("the buffer is not contiguous")
+
+    def __dealloc__(self):
+        py.PyBuffer_Release(&self.view)
+
+    @property
+    def nbytes(self):
+        return self.view.len
+
+    cdef int check(self, int rc, str verb) except -1:
+        asked = (verb, self.view.len, <uintptr_t>self.view.buf)
+        if rc == -EINVAL:
+            raise ValueError("{} {} bytes at {:#x}: not in one live block of this arena".format(*asked))
+        return check(rc, "{} {} bytes at {:#x}", asked)
+
+
+@cython.final
 @cython.no_gc
 cdef class Arena:
     """The creator's reference on an arena."""
@@ -151,8 +196,8 @@ cdef class Arena:
     cdef readonly bint closed
     cdef c.ksm_arena *arena
 
-    def __cinit__(self, Domain domain not None, bint scan):
-        cdef unsigned flags = 0 if scan else c.KSM_ARENA_NO_SCAN
+    def __cinit__(self, Domain domain not None, bint scan, bint sigsegv):
+        cdef unsigned flags = (0 if scan else c.KSM_ARENA_NO_SCAN) | (c.KSM_ARENA_SIGSEGV if sigsegv else 0)
         self.domain = domain
         with nogil:
             rc = c.ksm_arena_create(domain.domain, flags, &self.arena)
@@ -181,6 +226,28 @@ cdef class Arena:
             rc = c.ksm_arena_unmerge(self.arena, &unmerged, &broken)
         check(rc, "unmerge an arena")
         return unmerged
+
+    def freeze(self, Span span not None):
+        cdef size_t pages = 0
+        with nogil:
+            rc = c.ksm_arena_freeze(self.arena, span.view.buf, span.view.len, &pages)
+        span.check(rc, "freeze")
+        return pages
+
+    def thaw(self, Span span not None):
+        with nogil:
+            rc = c.ksm_arena_thaw(self.arena, span.view.buf, span.view.len)
+        span.check(rc, "thaw")
+
+    def writable_begin(self, Span span not None):
+        with nogil:
+            rc = c.ksm_arena_writable_begin(self.arena, span.view.buf, span.view.len)
+        span.check(rc, "make writable")
+
+    def writable_end(self, Span span not None):
+        with nogil:
+            rc = c.ksm_arena_writable_end(self.arena, span.view.buf, span.view.len)
+        span.check(rc, "end writing to")
 
     def stats(self):
         cdef c.ksm_arena_numbers stats
@@ -301,82 +368,5 @@ cdef class Block:
         return f"<ksmalloc.Block of {self.nbytes} bytes at {self.address:#x}{label}>"
 
 
-# ---- registered memory -------------------------------------------------------------------------------
-
-@cython.final
-@cython.no_gc_clear
-cdef class Region:
-    """Memory that somebody else allocated, registered; holds an export of its buffer meanwhile."""
-
-    cdef Domain domain
-    cdef c.ksm_region *region
-    cdef Py_buffer view
-    cdef bint exported
-    cdef readonly size_t pages
-
-    def __cinit__(self, Domain domain not None, buffer):
-        py.PyObject_GetBuffer(buffer, &self.view, py.PyBUF_STRIDES)
-        self.exported = True
-        if self.view.readonly:
-            raise BufferError("a read-only buffer cannot be registered")
-        if not py.PyBuffer_IsContiguous(&self.view, b"A"):
-            raise BufferError("a buffer that is not contiguous cannot be registered")
-        self.domain = domain
-        with nogil:
-            rc = c.ksm_region_register(domain.domain, self.view.buf, self.view.len, &self.region, &self.pages)
-        check(rc, "a buffer of {} bytes at {:#x}", (self.nbytes, self.address))
-
-    def __dealloc__(self):
-        cdef int rc = 0
-        if self.region != NULL:
-            with nogil:
-                rc = c.ksm_region_unregister(self.region)
-        if self.exported and rc == 0:  # else the pages are still ours, and the memory must stay for ever
-            py.PyBuffer_Release(&self.view)
-
-    def unregister(self):
-        cdef c.ksm_region *region = self.region
-        if region == NULL:
-            return
-        self.region = NULL  # another thread finds nothing to do
-        with nogil:
-            rc = c.ksm_region_unregister(region)
-        if rc < 0:
-            self.region = region
-        check(rc, "unregister a buffer of {} bytes", (self.nbytes,))
-        self.exported = False
-        py.PyBuffer_Release(&self.view)
-
-    @property
-    def registered(self):
-        return self.region != NULL
-
-    @property
-    def address(self):
-        return <uintptr_t>self.view.buf
-
-    @property
-    def nbytes(self):
-        return self.view.len
-
-
-# ---- the process -------------------------------------------------------------------------------------
-
-cdef int resume(void *unused) noexcept:
-    """Runs in the main thread, with the GIL, between two bytecodes; inside os.fork() it tries again later."""
-    if forking.is_under_way():
-        return Py_AddPendingCall(resume, NULL)
-    with nogil:
-        c.ksm_process_resume()
-    return 0
-
-
-cdef void wanted() noexcept nogil:
-    """Only takes note: called from any thread, and inside the parent's fork handler."""
-    if Py_IsInitialized():
-        Py_AddPendingCall(resume, NULL)
-
-
-check(c.ksm_process_check(), "ksmalloc")
-c.ksm_process_on_wanted(wanted)
-os.register_at_fork(after_in_child=wanted)
+include "_region.pxi"
+include "_process.pxi"

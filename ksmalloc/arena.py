@@ -3,42 +3,44 @@
 
 from __future__ import annotations
 
-import math
-import operator
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, SupportsIndex
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
-from ksmalloc import _core
-from ksmalloc._core import Block
+from ksmalloc import _core, handlers
+from ksmalloc._core import Block, Span
+from ksmalloc.arrays import need_numpy, new_array, read_only
 from ksmalloc.domain import Domain, domain_of, word_of
 from ksmalloc.stats import ArenaStats, Report, make_arena_stats, make_report
 
 if TYPE_CHECKING:
-    import numpy
     from numpy.typing import ArrayLike, DTypeLike, NDArray
     from typing_extensions import Buffer
 
-    _Shape = SupportsIndex | Sequence[SupportsIndex]
-    _Order = Literal["C", "F"]
+    from ksmalloc.arrays import Order, Shape
 
-_COWS = {"auto": 0, "kernel": 0}
+_COWS = {"auto": 0, "kernel": 0, "sigsegv": 1}
 
 
 class Arena:
     """Memory to allocate from, whose equal pages merge with those of all processes in its domain.
 
     name: a label for people. domain: None the default one, a str the one of that name, or a `Domain`.
-    barrier: ``"auto"``: the best that works in this process (if none does, nothing merges and
-    ``stats().why_not`` says why); ``"move"``: that one, or BarrierError. cow: ``"auto"`` and ``"kernel"``:
-    the kernel's own copy-on-write ends sharing when a page is written.
+    barrier: what keeps stores away while pages are compared. ``"auto"``: the better of ``"move"`` and
+    ``"stop"`` that works in this process; if none does, only frozen pages merge, and ``stats().why_not`` says
+    why. ``"move"``, ``"stop"``, ``"segv"``: that one, from now on for all of the process in this domain, or
+    BarrierError.
+    cow: who copies a merged page when it is written. ``"auto"`` and ``"kernel"``: the kernel. ``"sigsegv"``:
+    merged pages are read-only, and ksmalloc's handler for SIGSEGV copies them; a system call that would write
+    into one fails with EFAULT, unless inside `writable()`. The manual says when to choose what.
     scan: whether the pages merge in the background; if not, they merge in `scan()` and `ksmalloc.settle()`.
 
     Closing ends allocation only: blocks and arrays live as long as somebody uses them.
 
-    Errors: ValueError (an unknown word), BarrierError, and those of `Domain`.
+    Errors: ValueError (an unknown word), BarrierError, HandlerError, and those of `Domain`.
     Threads: any may use it. fork: it works in parent and child, whose blocks are theirs alone.
     """
 
@@ -52,9 +54,10 @@ class Arena:
         scan: bool = True,
     ) -> None:
         number = word_of(_core.BARRIERS, "barrier", barrier)
-        word_of(_COWS, "cow", cow)
+        sigsegv = bool(word_of(_COWS, "cow", cow))
         self._domain = domain_of(domain)
-        self._core = _core.Arena(self._domain._membership(number), scan)
+        with handlers.installing(sigsegv or barrier == "segv"):
+            self._core = _core.Arena(self._domain._membership(number), scan, sigsegv)
         self._name = name
 
     @property
@@ -82,7 +85,7 @@ class Arena:
         return Block(self._core, nbytes, mergeable)
 
     def empty(
-        self, shape: _Shape, dtype: DTypeLike = float, order: _Order = "C", *, mergeable: bool = True
+        self, shape: Shape, dtype: DTypeLike = float, order: Order = "C", *, mergeable: bool = True
     ) -> NDArray[Any]:
         """A NumPy array in a block of its own; contents unspecified. Needs NumPy.
 
@@ -92,33 +95,20 @@ class Arena:
         Errors: TypeError (objects in dtype), ValueError (negative shape, unknown order), MemoryError,
         ClosedError, ImportError (no NumPy).
         """
-        np = need_numpy()
-        kind = np.dtype(dtype)
-        if kind.itemsize == 0:
-            kind = np.zeros((), kind).dtype  # strings without a length: NumPy decides it
-        if kind.hasobject:
-            raise TypeError(f"an array of {kind} holds pointers to Python objects, not their data")
-        if order not in ("C", "F"):
-            raise ValueError(f"order is 'C' or 'F', not {order!r}")
-        lengths = _lengths(shape)
-        nbytes = math.prod(lengths) * kind.itemsize
-        if nbytes == 0:
-            nothing: NDArray[Any] = np.zeros(lengths, kind, order)
-            return nothing
-        return as_array(self.alloc(nbytes, mergeable), lengths, kind, order)
+        return new_array(self.alloc, shape, dtype, order, mergeable)
 
     def zeros(
-        self, shape: _Shape, dtype: DTypeLike = float, order: _Order = "C", *, mergeable: bool = True
+        self, shape: Shape, dtype: DTypeLike = float, order: Order = "C", *, mergeable: bool = True
     ) -> NDArray[Any]:
         """As `empty()`, filled with zeros."""
         return self.empty(shape, dtype, order, mergeable=mergeable)  # an arena's memory is zeroed
 
     def full(
         self,
-        shape: _Shape,
+        shape: Shape,
         fill_value: ArrayLike,
         dtype: DTypeLike | None = None,
-        order: _Order = "C",
+        order: Order = "C",
         *,
         mergeable: bool = True,
     ) -> NDArray[Any]:
@@ -157,6 +147,51 @@ class Arena:
         Returns how many pages were merged.
         """
         return self._core.unmerge()
+
+    def freeze(self, a: Buffer) -> Any:
+        """Make the whole pages inside `a` read-only, so that they can be merged under every barrier.
+
+        a: a block, an array, or any buffer contiguous in C or Fortran order, that lies in one block of this
+        arena. Returns a read-only view of it: of an array an array of the same shape and dtype, of anything
+        else a memoryview; it keeps the memory alive. A store through an older, writable view still works: it
+        thaws its page, unnoticed. **A system call that writes there** (``readinto``, ``recv_into``) fails
+        with EFAULT, so nothing of the kind may be under way; see `writable()`.
+
+        Errors: TypeError (no buffer), BufferError (not contiguous), ValueError (not this arena's memory),
+        HandlerError (a store would kill the process), MemoryError.
+        Threads: any may call it. fork: pages that are frozen are so in the child, too.
+        """
+        view, span = read_only(a), Span(a)
+        if span.nbytes:
+            with handlers.installing():
+                self._core.freeze(span)
+        return view
+
+    def thaw(self, a: Buffer) -> None:
+        """Make frozen pages writable again; what is merged stays so until it is written.
+
+        a: what was given to `freeze()`, the view that it returned (it stays read-only), or a part of either.
+        Idempotent. Errors: TypeError, BufferError and ValueError as in `freeze()`; MemoryError.
+        """
+        span = Span(a)
+        if span.nbytes:
+            self._core.thaw(span)
+
+    @contextmanager
+    def writable(self, *buffers: Buffer) -> Iterator[None]:
+        """Meanwhile every page that `buffers` touch is private and writable, and stays so.
+
+        For system calls that write into memory whose merged or frozen pages are read-only:
+        ``with arena.writable(a): sock.recv_into(a)``. Frozen pages are thawed for good. Such blocks nest, and
+        may overlap in any thread; the buffers stay exported meanwhile. Errors: as in `thaw()`, with nothing
+        changed. fork: the child is inside, too.
+        """
+        with ExitStack() as stack:
+            for span in [Span(buffer) for buffer in buffers]:
+                if span.nbytes:
+                    self._core.writable_begin(span)
+                    stack.callback(self._core.writable_end, span)
+            yield
 
     def stats(self) -> ArenaStats:
         """Counters of this arena and of its domain."""
@@ -213,25 +248,3 @@ def restore_block(data: Buffer, mergeable: bool) -> Block:
         with memoryview(block) as target:
             target[:] = view
     return block
-
-
-def as_array(block: Block, shape: Sequence[int], dtype: numpy.dtype[Any], order: _Order) -> NDArray[Any]:
-    """The block seen as an array; frombuffer holds an export of it, which numpy.ndarray alone would not."""
-    np = need_numpy()
-    array: NDArray[Any] = np.ndarray(shape, dtype, buffer=np.frombuffer(block, np.uint8), order=order)
-    return array
-
-
-def _lengths(shape: _Shape) -> tuple[int, ...]:
-    lengths = tuple(map(operator.index, shape if isinstance(shape, Iterable) else (shape,)))
-    if any(length < 0 for length in lengths):
-        raise ValueError(f"a shape has no negative lengths: {lengths}")
-    return lengths
-
-
-def need_numpy() -> Any:
-    try:
-        import numpy
-    except ImportError as error:
-        raise ImportError("arrays need NumPy: pip install 'ksmalloc[numpy]'", name="numpy") from error
-    return numpy

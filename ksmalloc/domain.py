@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import NoReturn
 
-from ksmalloc import _core
-from ksmalloc.errors import ClosedError
+from ksmalloc import _core, facts, remedies
+from ksmalloc.errors import BarrierError, ClosedError
 from ksmalloc.rendezvous import Settings, rendezvous
 from ksmalloc.stats import PeerInfo, Report, Stats, make_peer, make_report, make_stats
 
@@ -80,16 +80,32 @@ class Domain:
             core = _core.Domain(self._rendezvous, _AUTO)
         self._core: _core.Domain | None = core
         self.name = name
-        self.id = core.id
-        self.directory = core.directory
-        self.path = os.path.dirname(self.directory) if path is None else os.fsdecode(path)
+        self._id, self._directory = core.id, core.directory
+        self.path = os.path.dirname(self._directory) if path is None else os.fsdecode(path)
 
     def _membership(self, barrier: int = _AUTO) -> _core.Domain:
-        """The core's membership; BarrierError if the barrier, asked for by name, does not work."""
+        """The core's membership; BarrierError if the barrier, asked for by name, cannot be had."""
         core = self._core
         if core is None:
             raise ClosedError(f"the domain {self.name!r} is closed")
-        return core if barrier == _AUTO else _core.Domain(self._rendezvous, barrier)
+        if barrier == _AUTO:
+            return core
+        try:
+            return _core.Domain(self._rendezvous, barrier)
+        except BarrierError as error:
+            word = next(word for word, number in _core.BARRIERS.items() if number == barrier)
+            reason = remedies.against(facts.gather(core.capabilities()), word)
+            raise BarrierError(f"{error}: {reason}") from None
+
+    @property
+    def id(self) -> str:
+        """The domain's random identity, 32 hex digits; another one after a change of user."""
+        return self._id if self._core is None else self._core.id
+
+    @property
+    def directory(self) -> str:
+        """The rendezvous directory."""
+        return self._directory if self._core is None else self._core.directory
 
     @property
     def closed(self) -> bool:
@@ -122,6 +138,7 @@ class Domain:
 
         The process stays in the domain while an arena, a block, a registration or another object needs it.
         """
+        self._id, self._directory = self.id, self.directory
         self._core = None
 
     def __enter__(self) -> Domain:

@@ -35,6 +35,11 @@ class BarrierError(Error):
     """The barrier asked for by name does not work in this process."""
 
 
+class HandlerError(Error):
+    """A store into a read-only page would kill the process: another SIGSEGV handler stands in the place of
+    ksmalloc's, or a thread blocks the signal."""
+
+
 class BackingError(Error):
     """The domain exists with another backing than the one asked for."""
 
@@ -66,6 +71,10 @@ _TYPES: dict[str, type[Exception]] = {
     "KSM_EPEERS": PeerError,
     "KSM_ELOST": PeerError,
     "KSM_EBARRIER": BarrierError,
+    "KSM_EUNSTOPPABLE": BarrierError,
+    "KSM_EDEVICES": BarrierError,
+    "KSM_EDISPLACED": HandlerError,
+    "KSM_EMASKED": HandlerError,
     "KSM_EBACKING": BackingError,
     "KSM_ECLOSED": ClosedError,
     "KSM_EMEMORY": RegisterError,

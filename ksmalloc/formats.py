@@ -16,7 +16,8 @@ import zlib
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from ksmalloc._core import Block
-from ksmalloc.arena import Arena, as_array, need_numpy
+from ksmalloc.arena import Arena
+from ksmalloc.arrays import as_array, need_numpy
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

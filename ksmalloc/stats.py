@@ -41,11 +41,17 @@ class Stats:
     promotions: int
     """Frames written, ever."""
     cow_breaks: int
-    """Merged pages found broken by a write, ever."""
+    """Merged pages broken by a write, ever; exact where ksmalloc's handler copies them."""
     put_backs: int
     """Pages whose window closed without a merge, ever."""
     failures: int
     """System calls that failed inside a merge and were recovered, ever."""
+    give_backs: int
+    """Broken pages that were given anonymous memory again, so that they let go of their frame, ever."""
+    stops: int
+    """Times that all threads were held, ever (`barrier` ``"stop"``, and giving back)."""
+    suspensions: int
+    """Times that ksmalloc's SIGSEGV handler was found displaced, or the signal blocked by a thread, ever."""
     vmas_used: int
     """Memory mappings that merging costs now (of a domain: the sum)."""
     vma_budget: int
@@ -61,11 +67,11 @@ class Stats:
     page_size: int
     """Bytes in a page."""
     barrier: str
-    """The barrier of this process: ``"move"``, or ``"none"``, with which nothing merges."""
+    """That of this process: ``"move"``, ``"stop"``, ``"segv"``; with ``"none"`` only frozen pages merge."""
     why_not: str | None
     """What keeps this process from merging, or None."""
     cow: str = "kernel"
-    """Who copies a page when a write breaks it."""
+    """Who copies a merged page when it is written: ``"kernel"``, or (of an arena) ``"sigsegv"``."""
 
     def __repr__(self) -> str:
         line = (
@@ -97,6 +103,10 @@ class ArenaStats(Stats):
     """Those of them that were merged and then written."""
     arena_pages_zero: int = 0
     """Those of them that were given back because they were all zero."""
+    arena_pages_frozen: int = 0
+    """Those of them that are frozen (`Arena.freeze()`)."""
+    arena_cow_breaks: int = 0
+    """Merged pages of the arena that ksmalloc's SIGSEGV handler has copied, ever."""
     scan: bool = True
     """Whether the arena is merged in the background."""
 
@@ -177,6 +187,9 @@ def make_arena_stats(name: str | None, domain: dict[str, Any], arena: dict[str, 
         arena_pages_merged=arena["pages_merged"],
         arena_pages_broken=arena["pages_broken"],
         arena_pages_zero=arena["pages_zero"],
+        arena_pages_frozen=arena["pages_frozen"],
+        arena_cow_breaks=arena["cow_breaks"],
+        cow="sigsegv" if arena["sigsegv"] else "kernel",
         scan=bool(arena["scan"]),
     )
 

@@ -20,7 +20,12 @@ CODES = {
         r'X\((KSM_E\w+), (-\d+), "([^"]+)"\)', ERROR_H.read_text(encoding="utf-8")
     )
 }
-ONLY_REASONS = {"KSM_EBUDGET", "KSM_EDUMPABLE", "KSM_ESTOPPED"}  # they occur in why_not, no call raises them
+ONLY_REASONS = {
+    "KSM_EBUDGET",
+    "KSM_EDUMPABLE",
+    "KSM_ESTOPPED",
+    "KSM_EUSER",
+}  # they occur in why_not, no call raises them
 
 EXPECTED = {
     "KSM_EUNSUPPORTED": ksmalloc.Unsupported,
@@ -30,6 +35,10 @@ EXPECTED = {
     "KSM_EPEERS": ksmalloc.PeerError,
     "KSM_ELOST": ksmalloc.PeerError,
     "KSM_EBARRIER": ksmalloc.BarrierError,
+    "KSM_EUNSTOPPABLE": ksmalloc.BarrierError,
+    "KSM_EDEVICES": ksmalloc.BarrierError,
+    "KSM_EDISPLACED": ksmalloc.HandlerError,
+    "KSM_EMASKED": ksmalloc.HandlerError,
     "KSM_EBACKING": ksmalloc.BackingError,
     "KSM_ECLOSED": ksmalloc.ClosedError,
     "KSM_EMEMORY": ksmalloc.RegisterError,
@@ -44,7 +53,7 @@ def raised(symbol: str, code: int, asked: str = "what was asked") -> Exception:
 
 
 def test_every_private_code_has_a_decision() -> None:
-    assert len(CODES) >= 16
+    assert len(CODES) >= 21
     assert set(CODES) == set(EXPECTED) | ONLY_REASONS
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import ksmalloc
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = {".c", ".h", ".md", ".py", ".pyi", ".pyx", ".pxd", ".toml", ".yaml", ".pml", ".svg", ""}
+CODE = {".c", ".h", ".md", ".py", ".pyi", ".pyx", ".pxd", ".pxi", ".toml", ".yaml", ".pml", ".svg", ""}
 OURS = ("csrc", "docs", "ksmalloc", "tests", ".ci")
 NAMES = ("Makefile", "MANIFEST.in", "setup.py", "pyproject.toml", ".clang-format", ".pre-commit-config.yaml")
-LIMITS = {".pyx": 400, ".py": 250}
+LIMITS = {".pyx": 400, ".pxi": 400, ".py": 250}
 GENERATED = {"__pycache__", "_build", "jupyter_execute", ".ipynb_checkpoints"}
 
 

@@ -43,7 +43,8 @@ def test_ksm_words(domain: ksmalloc.Domain) -> None:
     assert type(stats) is ksmalloc.Stats
     assert {field.name for field in dataclasses.fields(stats)} >= KSM
     assert (stats.peers, stats.page_size, stats.cow) == (1, os.sysconf("SC_PAGE_SIZE"), "kernel")
-    assert stats.barrier in ("move", "none")
+    assert stats.barrier in ("move", "stop", "none")
+    assert (stats.give_backs, stats.stops, stats.suspensions) == (0, 0, 0)
     assert (stats.barrier == "none") <= (stats.why_not is not None)
     again = ksmalloc.stats(domain)  # bookkeeping may have grown by a page meanwhile
     assert dataclasses.replace(again, metadata_bytes=stats.metadata_bytes) == stats
@@ -89,6 +90,8 @@ def test_arena_stats_add_to_the_domains(domain: ksmalloc.Domain) -> None:
     )
     assert stats.arena_pages >= 4
     assert (stats.arena_pages_merged, stats.arena_pages_broken, stats.arena_pages_zero) == (0, 0, 0)
+    assert (stats.arena_pages_frozen, stats.arena_cow_breaks, stats.cow) == (0, 0, "kernel")
+    assert ksmalloc.Arena(domain=domain, cow="sigsegv").stats().cow == "sigsegv"
     assert stats.peers == 1
     assert repr(stats).startswith("arena 'tables': 12.01 KiB in 2 blocks, 0 of ")
     assert "\n" not in repr(stats)

@@ -149,10 +149,11 @@ class CsrcDoc(SphinxDirective):
         csrc = Path(self.env.app.srcdir, self.config.csrcdoc_path).resolve()
         if self.arguments[0] == "*":
             self.env.note_dependency(str(csrc / "README.md"))
-            return [self.section(csrc / name) for name in files_in_order(csrc)]
-        return [self.section(csrc / self.arguments[0])]
+            return [self.section(csrc / name, True) for name in files_in_order(csrc)]
+        return [self.section(csrc / self.arguments[0], False)]
 
-    def section(self, path: Path) -> nodes.section:
+    def section(self, path: Path, referable: bool) -> nodes.section:
+        """A file's block; others may refer to it by the file's name, in the one place where all stand."""
         self.env.note_dependency(str(path))
         if not path.is_file():
             raise self.error(f"csrcdoc: there is no {path.name}")
@@ -163,7 +164,10 @@ class CsrcDoc(SphinxDirective):
         section += nodes.title("", "", *inline(f"{block.title} (`{path.name}`)"))
         section += render(block.lines)
         self.set_source_info(section)
-        self.state.document.note_explicit_target(section)
+        if referable:
+            self.state.document.note_explicit_target(section)
+        else:
+            self.state.document.note_implicit_target(section)
         return section
 
 

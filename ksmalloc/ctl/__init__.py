@@ -14,14 +14,15 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import ksmalloc
-from ksmalloc.ctl import clean, demo, info, start, stop
+from ksmalloc.ctl import clean, demo, doctor, info, start, stop
 
-COMMANDS = {"start": start, "stop": stop, "info": info, "demo": demo, "clean": clean}
+COMMANDS = {"start": start, "stop": stop, "info": info, "demo": demo, "doctor": doctor, "clean": clean}
 
 USAGE = """\
 usage: {prog} {{start npages sleep | stop | info}}
        {prog} start npages_to_scan npages_max_merge sleep
        {prog} demo [FILE ...]
+       {prog} doctor
        {prog} clean
 """
 

@@ -107,11 +107,5 @@ def render(outcome: Outcome) -> str:
 def refusal(outcome: Outcome) -> str:
     """Why nothing merges here, and what would change that."""
     reason = f"Nothing can merge here: {outcome.stats['why_not'] or 'no barrier works in this process'}."
-    return f"{reason}\n{_HOW}" if outcome.stats["barrier"] == "none" else reason
-
-
-_HOW = """
-Merging needs Linux 6.8 or newer, and userfaultfd for these processes. Any one of these gives it to them:
-  - access to /dev/userfaultfd for their user (in a container: --device /dev/userfaultfd)
-  - sysctl vm.unprivileged_userfaultfd=1
-  - CAP_SYS_PTRACE, which root has"""
+    hint = "`ksmctl doctor` says which lines would change that here."
+    return f"{reason}\n{hint}" if outcome.stats["barrier"] == "none" else reason

@@ -1,17 +1,23 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The control: a barrier whose windows keep nobody out. The program is linked with
- * --wrap=ksm_barrier_create_from, so that every scanner asks here for its barrier, also after a fork.
+ * The controls: a barrier whose windows keep nobody out, and a claim on a page that claims nothing. The program is
+ * linked with --wrap for these functions, so that every scanner asks here for its barrier, also after a fork.
  */
 #include "soak.h"
 
 #include "barrier.h"
+#include "guard.h"
 #include "os.h"
 
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
 
-static bool off;
+static bool windows_off, claims_off;
+
+/* ---- windows ----------------------------------------------------------------------------------------------- */
 
 static int none_create(struct ksm_barrier *barrier)
 {
@@ -31,14 +37,15 @@ static int none_open(struct ksm_barrier *barrier, char *at, size_t pages)
 	return 0;
 }
 
-static int none_map(struct ksm_barrier *barrier, size_t page, size_t count, int store, uint64_t offset)
+static int none_map(struct ksm_barrier *barrier, size_t page, size_t count, int store, uint64_t offset, bool writable)
 {
-	return ksm_os_map_frames(barrier->at + (page << KSM_PAGE_SHIFT), count << KSM_PAGE_SHIFT, store, offset);
+	return ksm_os_map_frames(barrier->at + (page << KSM_PAGE_SHIFT), count << KSM_PAGE_SHIFT, store, offset,
+				 writable);
 }
 
-static void none_drop(struct ksm_barrier *barrier, size_t page, size_t count)
+static int none_drop(struct ksm_barrier *barrier, size_t page, size_t count)
 {
-	ksm_os_advise(barrier->at + (page << KSM_PAGE_SHIFT), count << KSM_PAGE_SHIFT, MADV_DONTNEED);
+	return ksm_os_advise(barrier->at + (page << KSM_PAGE_SHIFT), count << KSM_PAGE_SHIFT, MADV_DONTNEED);
 }
 
 static unsigned none_close(struct ksm_barrier *barrier KSM_UNUSED)
@@ -54,6 +61,7 @@ static int none_hold(struct ksm_barrier *barrier KSM_UNUSED, char *at KSM_UNUSED
 static const struct ksm_barrier_ops none = {
 	.name = "none",
 	.kind = KSM_BARRIER_NONE,
+	.in_place = true,
 	.create = none_create,
 	.destroy = none_destroy,
 	.open = none_open,
@@ -65,14 +73,15 @@ static const struct ksm_barrier_ops none = {
 };
 
 /* The linker's names. */
-int __real_ksm_barrier_create_from(struct ksm_barrier *barrier, enum ksm_barrier_kind kind, int uffd);
-int __wrap_ksm_barrier_create_from(struct ksm_barrier *barrier, enum ksm_barrier_kind kind, int uffd);
+int __real_ksm_barrier_create(struct ksm_barrier *barrier, enum ksm_barrier_kind kind, struct ksm_park *park, int uffd);
+int __wrap_ksm_barrier_create(struct ksm_barrier *barrier, enum ksm_barrier_kind kind, struct ksm_park *park, int uffd);
 
-int __wrap_ksm_barrier_create_from(struct ksm_barrier *barrier, enum ksm_barrier_kind kind, int uffd)
+int __wrap_ksm_barrier_create(struct ksm_barrier *barrier, enum ksm_barrier_kind kind, struct ksm_park *park, int uffd)
 {
-	if (!off)
-		return __real_ksm_barrier_create_from(barrier, kind, uffd);
-	ksm_os_close(uffd);
+	if (!windows_off)
+		return __real_ksm_barrier_create(barrier, kind, park, uffd);
+	if (uffd >= 0)
+		ksm_os_close(uffd);
 	memset(barrier, 0, sizeof(*barrier));
 	barrier->ops = &none;
 	return barrier->ops->create(barrier);
@@ -80,5 +89,41 @@ int __wrap_ksm_barrier_create_from(struct ksm_barrier *barrier, enum ksm_barrier
 
 void soak_switch_window_off(void)
 {
-	off = true;
+	windows_off = true;
+}
+
+/* ---- claims ------------------------------------------------------------------------------------------------ */
+
+bool __real_ksm_guard_claim_sigsafe(struct ksm_guard *guard, size_t page, uint8_t *was);
+bool __wrap_ksm_guard_claim_sigsafe(struct ksm_guard *guard, size_t page, uint8_t *was);
+bool __real_ksm_guard_claim_from_sigsafe(struct ksm_guard *guard, size_t page, uint8_t byte);
+bool __wrap_ksm_guard_claim_from_sigsafe(struct ksm_guard *guard, size_t page, uint8_t byte);
+int __real_ksm_os_remap_sigsafe(void *from, void *to, size_t nbytes);
+int __wrap_ksm_os_remap_sigsafe(void *from, void *to, size_t nbytes);
+
+bool __wrap_ksm_guard_claim_sigsafe(struct ksm_guard *guard, size_t page, uint8_t *was)
+{
+	if (!claims_off)
+		return __real_ksm_guard_claim_sigsafe(guard, page, was);
+	*was = ksm_guard_get(guard, page);
+	return KSM_GUARD_STATE(*was) != KSM_GUARD_BUSY;
+}
+
+bool __wrap_ksm_guard_claim_from_sigsafe(struct ksm_guard *guard, size_t page, uint8_t byte)
+{
+	return claims_off ? ksm_guard_get(guard, page) == byte : __real_ksm_guard_claim_from_sigsafe(guard, page, byte);
+}
+
+/* Between the copy and the moment it takes the page's place, others come by. With a real claim that does not matter. */
+int __wrap_ksm_os_remap_sigsafe(void *from, void *to, size_t nbytes)
+{
+	struct timespec moment = {.tv_nsec = 20000};
+	if (claims_off)
+		syscall(SYS_clock_nanosleep, CLOCK_MONOTONIC, 0, &moment, NULL);
+	return __real_ksm_os_remap_sigsafe(from, to, nbytes);
+}
+
+void soak_switch_claims_off(void)
+{
+	claims_off = true;
 }
