@@ -176,6 +176,15 @@ static bool is_guarded(const struct ksm_region *region, const struct ksm_barrier
 	return state == KSM_GUARD_MERGED || (state == KSM_GUARD_WRITABLE && barrier->ops == &ksm_barrier_segv);
 }
 
+/* Claimed pages that were WRITABLE, some of them read-only now. What stays read-only is opened by the next store. */
+static void unprotect(struct ksm_region *region, ksm_pageno page, size_t n)
+{
+	for (ksm_pageno i = page; i < page + n; i++) {
+		int r = ksm_os_protect(ksm_region_page(region, i), KSM_PAGE_SIZE, true);
+		ksm_guard_set(region->guard, i, 1, r ? KSM_GUARD_MERGED : KSM_GUARD_WRITABLE);
+	}
+}
+
 /* Replace [page, page + n), all claimed, all having said the same. */
 static int replace_claimed(struct ksm_region *region, ksm_pageno page, size_t n, uint8_t was)
 {
@@ -185,8 +194,12 @@ static int replace_claimed(struct ksm_region *region, ksm_pageno page, size_t n,
 	if (!r)
 		r = ksm_cow_copy_sigsafe(at, n, !frozen, !region->registered);
 	uint8_t then = frozen ? KSM_GUARD_READONLY | KSM_GUARD_FROZEN : KSM_GUARD_OPEN;
-	if (r) /* a page that stays read-only is opened by the next store */
-		then = writable && ksm_os_protect(at, n * KSM_PAGE_SIZE, true) ? KSM_GUARD_MERGED : was;
+	if (r && writable) {
+		unprotect(region, page, n);
+		return r;
+	}
+	if (r)
+		then = was;
 	else
 		ksm_region_forget(region, page, n); /* RESTORE-1 */
 	ksm_guard_set(region->guard, page, n, then);

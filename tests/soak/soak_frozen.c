@@ -51,12 +51,13 @@ static void try_call(struct soak_block *block, size_t page, bool writable)
 	if (writable && got == SOAK_SECTOR) {
 		block->sectors[page][0] = (uint8_t)state;
 		block->sectors_by[page][0] = SOAK_PREAD;
-	} else if (writable)
+	} else if (writable) {
 		soak_complain(false, "pread into a page that is not frozen any more: %zd, %s", got, strerror(errno));
-	else if (got >= 0 || errno != EFAULT)
+	} else if (got >= 0 || errno != EFAULT) {
 		soak_complain(false, "pread into a frozen page: %zd, not EFAULT", got);
-	else
+	} else {
 		soak_add(&soak_here.totals->efaults, 1);
+	}
 	soak_expect(block, at, SOAK_SECTOR, block->sectors[page][0], block->sectors_by[page][0],
 		    writable ? "a call into a page not frozen any more" : "a call into a frozen page");
 }
