@@ -32,7 +32,7 @@ class PeerError(Error):
 
 
 class BarrierError(Error):
-    """The barrier asked for by name does not work in this process."""
+    """The barrier asked for by name cannot be had in this process, or its threads cannot be held."""
 
 
 class HandlerError(Error):
