@@ -239,6 +239,7 @@ static void arena_destroy(struct ksm_arena *arena)
 			if (half->mergeable) {
 				ksm_merge_lock(peer);
 				ksm_scanner_remove(ksm_domain_scanner(domain), &area->region);
+				ksm_region_unguard(&area->region);
 				munmap(area->base, area->room << KSM_PAGE_SHIFT);
 				area->base = NULL;
 				ksm_region_forget(&area->region, 0, area->region.used);

@@ -59,8 +59,10 @@ static int look(struct ksm_member *member, void *context)
 
 int ksm_domain_capabilities(struct ksm_domain *domain, struct ksm_capabilities *out)
 {
-	memset(out, 0, sizeof(*out));
-	return ksm_worker_call(&domain->worker, look, out);
+	struct ksm_capabilities found = {0};
+	int r = ksm_worker_call(&domain->worker, look, &found);
+	*out = found;
+	return r;
 }
 
 int ksm_process_stop_signal(int signal)

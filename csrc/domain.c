@@ -271,8 +271,14 @@ int ksm_domain_stats(struct ksm_domain *domain, struct ksm_stats *out)
 
 int ksm_domain_peers(struct ksm_domain *domain, struct ksm_peer_info *out, size_t room)
 {
-	struct peers_request request = {.room = out, .space = room};
+	struct ksm_peer_info *found = room ? calloc(room, sizeof(*found)) : NULL;
+	struct peers_request request = {.room = found, .space = room};
+	if (room && !found)
+		return -ENOMEM;
 	int r = ksm_worker_call(&domain->worker, collect, &request);
+	if (!r && found)
+		memcpy(out, found, KSM_MIN(request.count, room) * sizeof(*found));
+	free(found);
 	return r ? r : (int)request.count;
 }
 
@@ -281,7 +287,7 @@ int ksm_domain_peers(struct ksm_domain *domain, struct ksm_peer_info *out, size_
 struct scan_request {
 	struct ksm_region *region;
 	enum ksm_restore_broken broken;
-	struct ksm_report *report;
+	struct ksm_report report; /* not where the caller wants it: that may be a page we have made read-only */
 	struct ksm_restore_counts *restored;
 	uint64_t freed;
 };
@@ -294,7 +300,7 @@ static int scan(struct ksm_member *member, void *context)
 	uint64_t start = ksm_os_now_ns(), passes = 0;
 	ksm_scan_know_peers(&member->scanner);
 	int r = ksm_scan_exhaust(&member->scanner, request->region, &hook, &counts, &passes);
-	*request->report = (struct ksm_report){
+	request->report = (struct ksm_report){
 		.pages_scanned = counts.scanned,
 		.pages_merged = counts.merged,
 		.zero_pages = counts.dropped,
@@ -308,11 +314,12 @@ static int scan(struct ksm_member *member, void *context)
 
 int ksm_domain_scan_region(struct ksm_domain *domain, struct ksm_region *region, struct ksm_report *out)
 {
-	struct scan_request request = {.region = region, .report = out};
+	struct scan_request request = {.region = region};
 	int r;
 	do /* a fork in another thread ends the scanner half-way; the next one starts over */
 		r = ksm_worker_call(&domain->worker, scan, &request);
 	while (r == -ECANCELED);
+	*out = request.report;
 	return r;
 }
 

@@ -148,6 +148,7 @@ int ksm_region_unregister(struct ksm_region *region)
 	}
 	ksm_scanner_remove(ksm_domain_scanner(domain), region);
 	ksm_region_forget(region, 0, region->room); /* candidates */
+	ksm_region_unguard(region);
 	ksm_merge_unlock(peer);
 	ksm_region_fini(region);
 	free(region);

@@ -108,6 +108,9 @@ static bool is_plain(const struct ksm_region *region, ksm_pageno page)
 
 int ksm_freeze(struct ksm_region *region, ksm_pageno first, size_t count)
 {
+	for (const struct ksm_hold *hold = region->holds; hold; hold = hold->next)
+		if (hold->first < first + count && first < hold->first + hold->count)
+			return -EBUSY;
 	int r = ksm_region_guard(region);
 	if (r)
 		return r;

@@ -237,6 +237,7 @@ KSM_API int ksm_arena_unmerge(struct ksm_arena *arena, uint64_t *unmerged, uint6
  * even where no window can be had. A store into one thaws that page, unnoticed; a system call that would write
  * gets EFAULT. The caller has no system call or direct I/O in flight that writes there. *pages: how many pages.
  * EINVAL: not inside memory the arena has handed out. KSM_EDISPLACED, KSM_EMASKED: a store would kill the process.
+ * EBUSY: some of it is being held writable (below).
  */
 KSM_API int ksm_arena_freeze(struct ksm_arena *arena, void *address, size_t nbytes, size_t *pages);
 /* Writable again; still merged where it is. */

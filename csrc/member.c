@@ -209,6 +209,12 @@ static int make_barrier(struct ksm_member *member, int uffd)
 	return 0; /* after a fork it may be gone: then nothing merges, and the process lives on */
 }
 
+void ksm_member_retry_barrier(struct ksm_member *member)
+{
+	if (!member->scanner.barrier.ops && member->options.barrier == KSM_BARRIER_SEGV)
+		make_barrier(member, -1);
+}
+
 /* Sit down, get ready to scan, listen. */
 int ksm_member_settle_in(struct ksm_member *member, int uffd)
 {

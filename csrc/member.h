@@ -60,7 +60,10 @@ void ksm_member_leave(struct ksm_member *member);
  * The process has changed its user, who has a domain of the same name of its own: join that, give every merged page back,
  * leave the old one. Returns 0, or why not now; then everything is as before and why_not says KSM_EUSER.
  */
+bool ksm_member_user_has_changed(const struct ksm_member *member);
 int ksm_member_follow_user(struct ksm_member *member);
+/* By name, but not to be had when the scanner started (a displaced handler): try again. */
+void ksm_member_retry_barrier(struct ksm_member *member);
 /* Prepare a seat for the child of a fork. */
 int ksm_member_prepare_child(struct ksm_member *member);
 

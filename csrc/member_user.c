@@ -17,6 +17,8 @@
  * USER-2. If any step fails, the old membership stays as it is, valid, and the reason is told (KSM_EUSER).
  * USER-3. Not between the moment in which a seat has been taken for the child of a fork and the fork: the child sits down
  *         where its bits are.
+ * USER-4. Only a change for good is followed: real, effective and saved user are the same. One who is somebody else for
+ *         a moment (seteuid) must not show its pages to them.
  */
 #include "member.h"
 
@@ -96,6 +98,13 @@ static void leave_old(struct ksm_member *member, struct ksm_member *fresh, struc
 	ksm_member_remember_inodes(member);
 	ksm_exchange_close(&exchange, old, true);
 	ksm_peer_destroy(old);
+}
+
+bool ksm_member_user_has_changed(const struct ksm_member *member)
+{
+	uid_t real, effective, saved;
+	return !getresuid(&real, &effective, &saved) && real == effective && effective == saved &&
+	       effective != member->user; /* USER-4 */
 }
 
 int ksm_member_follow_user(struct ksm_member *member)

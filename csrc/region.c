@@ -60,11 +60,7 @@ int ksm_region_init(struct ksm_region *region, struct ksm_peer *peer, struct ksm
 
 void ksm_region_fini(struct ksm_region *region)
 {
-	if (region->guard) {
-		ksm_region_count_breaks(region);
-		ksm_guard_destroy(region->guard);
-		region->guard = NULL;
-	}
+	ksm_region_unguard(region);
 	if (region->words)
 		munmap(region->words, ksm_page_round_up(region->room * sizeof(uint64_t)));
 	region->words = NULL;
@@ -146,6 +142,15 @@ int ksm_region_guard(struct ksm_region *region)
 			ksm_guard_set(guard, page, 1, KSM_GUARD_WRITABLE);
 	region->guard = guard;
 	return 0;
+}
+
+void ksm_region_unguard(struct ksm_region *region)
+{
+	if (!region->guard)
+		return;
+	ksm_region_count_breaks(region);
+	ksm_guard_destroy(region->guard);
+	region->guard = NULL;
 }
 
 uint8_t ksm_region_guard_of(const struct ksm_region *region, ksm_pageno page)

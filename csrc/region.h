@@ -71,6 +71,8 @@ void ksm_region_move(struct ksm_region *region, ksm_pageno page, enum ksm_page_s
 
 /* Have a guard: 0 or an error. Merge lock held. */
 int ksm_region_guard(struct ksm_region *region);
+/* Before its memory is unmapped: have none any more. Merge lock held, or nobody else knows the region. */
+void ksm_region_unguard(struct ksm_region *region);
 /* What its guard says of a page; WRITABLE where there is no guard. */
 uint8_t ksm_region_guard_of(const struct ksm_region *region, ksm_pageno page);
 /* Count the breaks our handler has made since. Merge lock held. */

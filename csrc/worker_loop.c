@@ -11,7 +11,6 @@
 #include "os.h"
 
 #include <poll.h>
-#include <unistd.h>
 
 #define MS 1000000ull
 #define SERVE_EVERY_NS (2 * MS)
@@ -95,6 +94,7 @@ static void look_around(struct ksm_worker *worker, uint64_t now)
 	ksm_count_set(worker->member.peer.self, KSM_METADATA_BYTES, ksm_scan_metadata(scanner));
 	if (now - worker->counted_ns > 5 * LOOK_EVERY_NS) {
 		worker->counted_ns = now;
+		ksm_member_retry_barrier(&worker->member);
 		ksm_merger_set_budget(&scanner->merger);
 	}
 }
@@ -108,7 +108,7 @@ static void look_at_program(struct ksm_worker *worker, uint64_t now)
 		ksm_count_set(member->peer.self, KSM_SUSPENSIONS, ksm_handler_suspensions());
 	}
 	ksm_scan_try_park(&member->scanner);
-	if (geteuid() != member->user && now >= member->follow_at_ns && ksm_member_follow_user(member))
+	if (now >= member->follow_at_ns && ksm_member_user_has_changed(member) && ksm_member_follow_user(member))
 		member->follow_at_ns = now + FOLLOW_AGAIN_NS;
 }
 
