@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 15 * 60  # seconds a stage may take
+LIMIT = 28 * 60  # seconds a stage may take
 PR_SET_CHILD_SUBREAPER = 36
 
 ENVIRONMENT = os.environ | {
