@@ -216,8 +216,8 @@ static int make_private_run(struct ksm_region *region, ksm_pageno page, ksm_page
 {
 	uint8_t byte = ksm_guard_get(region->guard, page);
 	bool merged = KSM_GUARD_STATE(byte) == KSM_GUARD_MERGED;
-	if (KSM_GUARD_STATE(byte) == KSM_GUARD_BUSY) {
-		ksm_os_yield();
+	if (!merged && KSM_GUARD_STATE(byte) != KSM_GUARD_READONLY) {
+		ksm_os_yield(); /* somebody's store was quicker, or is at it */
 		return 0;
 	}
 	size_t n = claim_run(region, page, KSM_MIN(end, page + 512), byte);

@@ -167,13 +167,11 @@ static int restore_parked(struct ksm_region *region, struct ksm_barrier *barrier
 
 /* ---- guarded ----------------------------------------------------------------------------------------------- */
 
-/* Does its guard keep stores away, or can it be made to? WRITABLE pages: only where system calls get EFAULT anyhow. */
-static bool is_guarded(const struct ksm_region *region, const struct ksm_barrier *barrier, ksm_pageno page)
+/* Does such a guard keep stores away, or can it be made to? WRITABLE pages: only where system calls get EFAULT anyhow. */
+static bool is_guarded(const struct ksm_region *region, const struct ksm_barrier *barrier, enum ksm_guard_state state)
 {
-	enum ksm_guard_state state = KSM_GUARD_STATE(ksm_region_guard_of(region, page));
-	if (!region->guard || !is_framed(region, page))
-		return false;
-	return state == KSM_GUARD_MERGED || (state == KSM_GUARD_WRITABLE && barrier->ops == &ksm_barrier_segv);
+	return region->guard &&
+	       (state == KSM_GUARD_MERGED || (state == KSM_GUARD_WRITABLE && barrier->ops == &ksm_barrier_segv));
 }
 
 /* Claimed pages that were WRITABLE, some of them read-only now. What stays read-only is opened by the next store. */
@@ -206,17 +204,18 @@ static int replace_claimed(struct ksm_region *region, ksm_pageno page, size_t n,
 	return r;
 }
 
-static int restore_guarded(struct ksm_region *region, ksm_pageno page, size_t n, struct ksm_restore_counts *counts)
+static int restore_guarded(struct ksm_region *region, const struct ksm_barrier *barrier, ksm_pageno page, size_t n,
+			   struct ksm_restore_counts *counts)
 {
 	int r = 0;
 	for (size_t i = 0, run; i < n && !r; i += run) {
 		uint8_t byte = ksm_region_guard_of(region, page + i);
 		run = 0;
-		while (i + run < n && KSM_GUARD_STATE(byte) != KSM_GUARD_BUSY &&
+		while (i + run < n && is_guarded(region, barrier, KSM_GUARD_STATE(byte)) &&
 		       ksm_guard_claim_from_sigsafe(region->guard, page + i + run, byte))
 			run++;
 		if (!run)
-			break; /* a store was quicker: the caller looks again */
+			break; /* a store was quicker, it may be writable by now: the caller looks again */
 		r = replace_claimed(region, page + i, run, byte);
 		counts->restored += r ? 0 : run;
 	}
@@ -317,26 +316,27 @@ static int restore_held(struct ksm_region *region, struct ksm_barrier *barrier, 
 
 /* ---- the ways in their order --------------------------------------------------------------------------------- */
 
-/* Pages from `page` that refer to frames, all guarded or none, all held for writing or none. */
+/* Pages from `page`, the first of which is known, that refer to frames, all guarded or none, all held or none. */
 static size_t run_at(const struct ksm_region *region, const struct ksm_barrier *barrier, ksm_pageno page,
-		     ksm_pageno end)
+		     ksm_pageno end, bool guarded)
 {
-	bool guarded = is_guarded(region, barrier, page), held = ksm_region_is_held(region, page);
+	bool held = ksm_region_is_held(region, page);
 	size_t n = 1;
-	while (n < MOST && page + n < end && is_framed(region, page + n) &&
-	       is_guarded(region, barrier, page + n) == guarded && ksm_region_is_held(region, page + n) == held &&
-	       (guarded || KSM_GUARD_STATE(ksm_region_guard_of(region, page + n)) == KSM_GUARD_WRITABLE))
-		n++;
+	for (; n < MOST && page + n < end && is_framed(region, page + n); n++) {
+		enum ksm_guard_state state = KSM_GUARD_STATE(ksm_region_guard_of(region, page + n));
+		if (is_guarded(region, barrier, state) != guarded || ksm_region_is_held(region, page + n) != held ||
+		    (!guarded && state != KSM_GUARD_WRITABLE))
+			break;
+	}
 	return n;
 }
 
+/* WRITABLE pages only: no handler touches those. */
 static int restore_run(struct ksm_region *region, struct ksm_barrier *barrier, struct ksm_park *park, ksm_pageno page,
 		       size_t n, enum ksm_restore_broken broken, struct ksm_restore_counts *counts)
 {
 	bool holds = barrier->ops && barrier->ops->hold && region->peer->fds.pagemap >= 0;
 	bool own = holds && barrier->ops != &ksm_barrier_stop; /* that one would park as well */
-	if (is_guarded(region, barrier, page))
-		return restore_guarded(region, page, n, counts);
 	int r = own ? restore_held(region, barrier, page, n, false, counts) : 0;
 	for (size_t i = 0, run; i < n && !r; i += run ? run : 1) {
 		for (run = 0; i + run < n && is_framed(region, page + i + run);)
@@ -361,6 +361,7 @@ int ksm_restore(struct ksm_region *region, struct ksm_barrier *barrier, struct k
 {
 	int r = 0;
 	for (ksm_pageno page = first, end = first + count; page < end && !r;) {
+		/* Read once: a store may change it at any time, but from WRITABLE or OPEN. */
 		enum ksm_guard_state state = KSM_GUARD_STATE(ksm_region_guard_of(region, page));
 		if (!is_framed(region, page)) {
 			page++;
@@ -371,11 +372,12 @@ int ksm_restore(struct ksm_region *region, struct ksm_barrier *barrier, struct k
 		} else if (broken == KSM_RESTORE_PARKED && ksm_region_is_held(region, page)) {
 			counts->broken++; /* private, and about to be written by a system call */
 			page++;
+		} else if (is_guarded(region, barrier, state)) { /* what was done is looked at again, and passed over */
+			r = restore_guarded(region, barrier, page, run_at(region, barrier, page, end, true), counts);
 		} else {
-			bool guarded = is_guarded(region, barrier, page);
-			size_t n = run_at(region, barrier, page, end);
+			size_t n = run_at(region, barrier, page, end, false);
 			r = restore_run(region, barrier, park, page, n, broken, counts);
-			page += guarded ? 0 : n; /* guarded: a store may have been quicker, so look again */
+			page += n;
 		}
 	}
 	return r;

@@ -224,8 +224,8 @@ int ksm_worker_call(struct ksm_worker *worker, int (*function)(struct ksm_member
 
 static int prepare_child(struct ksm_member *member, void *context KSM_UNUSED)
 {
-	if (ksm_member_user_has_changed(member))          /* the child could not reach the old user's rendezvous */
-		ksm_member_follow_user(member); /* fails: then the child has what seeds it can be given */
+	if (ksm_member_user_has_changed(member)) /* the child could not reach the old user's rendezvous */
+		ksm_member_follow_user(member);  /* fails: then the child has what seeds it can be given */
 	return ksm_member_prepare_child(member);
 }
 
