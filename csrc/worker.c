@@ -33,6 +33,7 @@
 #include <unistd.h>
 
 #define STACK_BYTES (256u << 10)
+#define C_LIBRARYS_OWN (3ull << 31) /* signals 32 and 33: cancelling a thread, changing every thread's user */
 
 static void init_locks(struct ksm_worker *worker)
 {
@@ -65,6 +66,7 @@ static void *thread_main(void *argument)
 {
 	struct ksm_worker *worker = argument;
 	struct ksm_member *member = &worker->member;
+	ksm_os_mask_sigsafe(~C_LIBRARYS_OWN);
 	pthread_setname_np(pthread_self(), "ksmalloc");
 	ksm_park_exempt(true);
 	int r = ksm_member_own_table(member);
@@ -90,15 +92,14 @@ static void *thread_main(void *argument)
 
 static int create_thread(struct ksm_worker *worker)
 {
-	sigset_t all, old;
 	pthread_attr_t attributes;
 	long least = sysconf(_SC_THREAD_STACK_MIN);
 	pthread_attr_init(&attributes);
 	pthread_attr_setstacksize(&attributes, STACK_BYTES + (least > 0 ? (size_t)least : 0));
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &old);
+	/* All 64: a mask without the C library's own would look like a thread of the program that blocks SIGSEGV. */
+	uint64_t old = ksm_os_mask_sigsafe(UINT64_MAX);
 	int r = ksm_os_thread(&worker->thread, &attributes, thread_main, worker);
-	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	ksm_os_mask_sigsafe(old);
 	pthread_attr_destroy(&attributes);
 	return r;
 }

@@ -9,6 +9,7 @@ lose writes, or the soak would not notice any.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -52,12 +53,7 @@ ACTS = (
 FLAGS = shlex.split(
     "-std=gnu11 -D_GNU_SOURCE -O2 -g -Wall -Wextra -Werror -pthread -DKSM_ASSERT_LEVEL=2 -iquote csrc"
 )
-WRAPPED = (  # by soak_none.c
-    "ksm_barrier_create",
-    "ksm_guard_claim_sigsafe",
-    "ksm_guard_claim_from_sigsafe",
-    "ksm_os_remap_sigsafe",
-)
+WRAPPED = re.compile(r"__wrap_(ksm_\w+)\(|^SLOW\(\w+, (\w+)", re.MULTILINE)  # functions that the soak wraps
 
 
 def cc(*arguments: str | Path) -> None:
@@ -75,7 +71,9 @@ def soak(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = core + sorted(SOAK.glob("*.c"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda source: cc("-c", source, "-o", out / f"{source.stem}.o"), sources))
-    cc(*sorted(out.glob("*.o")), *(f"-Wl,--wrap={name}" for name in WRAPPED), "-o", out / "soak")
+    found = [match for source in SOAK.glob("*.c") for match in WRAPPED.findall(source.read_text("utf-8"))]
+    wraps = {f"-Wl,--wrap={first or second}" for first, second in found}
+    cc(*sorted(out.glob("*.o")), *sorted(wraps), "-o", out / "soak")
     return out / "soak"
 
 
@@ -108,7 +106,7 @@ def test_no_write_is_lost(barrier: str, cow: str, soak: Path, rendezvous: str, p
     seconds = SECONDS[barrier, cow]
     exact = cow == "kernel" and barrier != "segv"
     goals = ("--writes", str(WRITES), "--merges", str(MERGES)) if exact else ()
-    arguments = ("--barrier", barrier, "--cow", cow, "--seconds", str(seconds), *goals)
+    arguments = ("--barrier", barrier, "--cow", cow, "--seconds", str(seconds), "--slow", *goals)
     run = Soak(processes, soak, rendezvous, *arguments, limit=LONGER * seconds + 180)
     figures, output = run.figures, run.output
     assert run.status == 0, output

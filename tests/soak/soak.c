@@ -4,12 +4,12 @@
  * with what they wrote before. This file starts the processes, kills some, and prints one line of figures.
  *
  *	soak --rendezvous DIRECTORY [--barrier NAME] [--cow NAME] [--seconds N] [--files DIRECTORY] [--seed N]
- *	     [--writes N] [--merges N] [--until-lost] [--devices]
+ *	     [--writes N] [--merges N] [--slow] [--until-lost] [--devices]
  *
  * --barrier move, stop, segv; none switches the windows off: a control that must lose writes. --cow kernel, sigsegv;
  * unclaimed is sigsegv without claims: another control. --writes, --merges: on a slow machine it goes on until there
- * were so many, up to LONGER times as long. --until-lost ends at the first loss. --devices is no soak, but shows that
- * the barrier stop refuses a process that has an io_uring.
+ * were so many, up to LONGER times as long. --slow: with random pauses in the core (soak_slow.c). --until-lost ends at
+ * the first loss. --devices is no soak, but shows that the barrier stop refuses a process that has an io_uring.
  * Status 0: every byte was right; 1: some were not, or something failed; 77: that does not work here.
  */
 #include "soak.h"
@@ -95,6 +95,7 @@ static void read_arguments(int argc, char **argv)
 		{"seed", required_argument, NULL, 'n'},
 		{"writes", required_argument, NULL, 'w'},
 		{"merges", required_argument, NULL, 'm'},
+		{"slow", no_argument, NULL, 'o'},
 		{"until-lost", no_argument, NULL, 'u'},
 		{"devices", no_argument, NULL, 'd'},
 		{NULL, 0, NULL, 0},
@@ -125,6 +126,9 @@ static void read_arguments(int argc, char **argv)
 			break;
 		case 'm':
 			least_merges = strtoull(optarg, NULL, 10);
+			break;
+		case 'o':
+			soak_switch_slow();
 			break;
 		case 'u':
 			until_lost = true;

@@ -252,6 +252,12 @@ void soak_switch_window_off(void);
 /* From now on nobody claims a page before copying it: stores must be lost. */
 void soak_switch_claims_off(void);
 
+/* ---- soak_slow.c ------------------------------------------------------------------------------------------- */
+
+/* From now on the core pauses now and then, where it hurts. */
+void soak_switch_slow(void);
+void soak_linger(void);
+
 /* ---- soak_devices.c ---------------------------------------------------------------------------------------- */
 
 /* The barrier "stop" merges nothing while an io_uring is open, and says so. Returns the exit status. */

@@ -120,6 +120,7 @@ int __wrap_ksm_os_remap_sigsafe(void *from, void *to, size_t nbytes)
 	struct timespec moment = {.tv_nsec = 20000};
 	if (claims_off)
 		syscall(SYS_clock_nanosleep, CLOCK_MONOTONIC, 0, &moment, NULL);
+	soak_linger();
 	return __real_ksm_os_remap_sigsafe(from, to, nbytes);
 }
 

@@ -247,7 +247,7 @@ void *soak_writer(void *argument)
 		pthread_rwlock_rdlock(&block->lock);
 		soak_write_some(&ways, block, owner, &seed);
 		pthread_rwlock_unlock(&block->lock);
-		if (soak_random(&seed) % 4 == 0)
+		if (soak_random(&seed) % 2)
 			renew_or_freeze(block, &seed);
 		soak_add(&soak_here.totals->beats[soak_here.place * (1 + SOAK_WRITERS) + 1 + owner], 1);
 		usleep(soak_random(&seed) % options->writer_us);
