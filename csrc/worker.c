@@ -66,9 +66,9 @@ static void *thread_main(void *argument)
 {
 	struct ksm_worker *worker = argument;
 	struct ksm_member *member = &worker->member;
-	ksm_os_mask_sigsafe(~C_LIBRARYS_OWN);
 	pthread_setname_np(pthread_self(), "ksmalloc");
 	ksm_park_exempt(true);
+	ksm_os_mask_sigsafe(~C_LIBRARYS_OWN);
 	int r = ksm_member_own_table(member);
 	if (!r) {
 		worker->signal = ksm_os_signalfd(KSM_WAKE_SIGNAL);
