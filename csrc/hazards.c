@@ -38,6 +38,7 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #define TABLES_MOST 64     /* different tables of descriptors in one process */
 #define SOCKETS_MOST 4096u /* remembered */
@@ -424,6 +425,8 @@ int ksm_hazards_create(struct ksm_hazards **out)
 		return r;
 	}
 	allow_devices(h);
+	char *rest = (char *)ksm_page_round_up((uintptr_t)h->sockets); /* used for that, and perhaps never again */
+	ksm_os_advise(rest, ksm_page_round_up(sizeof(*h)) - (size_t)(rest - (char *)h), MADV_DONTNEED);
 	*out = h;
 	return 0;
 }

@@ -29,7 +29,9 @@ def test_metadata(rendezvous: str, workers: int, mib: int) -> None:
             return float(team.ask("stats", who=0)["metadata_bytes"] / merged)
 
         at_once = share()
-        wait_until(lambda: share() <= 0.01, timeout=5)  # scanners give their buffers back when they rest
+        # Scanners give their buffers back when they rest, each when nothing more is to be done.
+        wait_until(lambda: share() <= 0.01, timeout=5)
+        wait_until(lambda: both(measured(team) - before)[1] - mib * MIB <= 0.009 * merged, timeout=3)
         stats = team.ask("stats", who=0)
         memory, growth, rss = measured(team) - before, by_mapping(team.pids), by_mapping(team.pids, "Rss")
         growth.subtract(before_by_mapping)
