@@ -39,7 +39,7 @@ asan: $(READY) ## the core's own tests under the address sanitizer
 ubsan: $(READY) ## the core's own tests under the undefined-behaviour sanitizer
 	KSMALLOC_TEST_CFLAGS='-fsanitize=undefined -fno-sanitize-recover=all -Wno-error' $(BIN)/pytest tests/test_csrc.py
 
-soak: build ## the lost-write soak, SECONDS=3600 long
+soak: build ## the lost-write soak, SECONDS=3600 for each barrier and copy-on-write
 	KSMALLOC_SOAK_SECONDS=$(SECONDS) $(BIN)/pytest -s tests/test_soak.py
 
 growth: build ## memory that is rewritten and merged over and over, SECONDS=3600 long
