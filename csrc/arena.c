@@ -12,6 +12,7 @@
  * ARENA-2. An arena lives until its creator and its last block have let go of it.
  * ARENA-3. Books change under the domain's memory lock, pages under the merge lock; where both are held, the memory lock
  *          was taken first.
+ * ARENA-4. What is given back was handed out: whole pages of its area, no more than are out, counted once.
  */
 #include "arena.h"
 
@@ -26,89 +27,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#define AREA_PAGES ((size_t)16 << (30 - KSM_PAGE_SHIFT)) /* 16 GiB of addresses */
-#define AREA_LEAST ((size_t)16 << (20 - KSM_PAGE_SHIFT))
-#define COMMIT_PAGES ((size_t)8 << (20 - KSM_PAGE_SHIFT))
-
-/* ---- areas --------------------------------------------------------------------------------------------------- */
-
-static int reserve(size_t least, char **base, size_t *pages)
-{
-	void *at;
-	int r = -ENOMEM;
-	for (size_t n = KSM_MAX(AREA_PAGES, least); n >= least && n >= AREA_LEAST; n /= 2) {
-		r = ksm_os_map_anon(NULL, n << KSM_PAGE_SHIFT, false, true, &at);
-		if (!r) {
-			*base = at;
-			*pages = n;
-			return 0;
-		}
-	}
-	return r;
-}
-
-static void area_destroy(struct ksm_area *area)
-{
-	if (area->base)
-		munmap(area->base, area->room << KSM_PAGE_SHIFT);
-	ksm_spans_fini(&area->spans);
-	for (struct ksm_hold *hold = area->region.holds, *next; hold; hold = next) { /* of threads a fork left behind */
-		next = hold->next;
-		free(hold);
-	}
-	ksm_region_fini(&area->region);
-	free(area);
-}
-
-/* Memory lock held. */
-static int area_create(struct ksm_arena *arena, struct ksm_half *half, size_t least, struct ksm_area **out)
-{
-	struct ksm_domain *domain = arena->domain;
-	struct ksm_peer *peer = ksm_domain_peer(domain);
-	struct ksm_area *area = calloc(1, sizeof(*area));
-	if (!area)
-		return -ENOMEM;
-	int r = reserve(least, &area->base, &area->room);
-	if (!r)
-		r = ksm_spans_init(&area->spans, area->room);
-	if (!r && half->mergeable) {
-		/* Each area begins somewhere else in the store, the first at its beginning. */
-		uint64_t step = peer->layout.frames / 8;
-		ksm_frameno home = (ksm_frameno)((uint64_t)domain->arenas_made++ * step % peer->layout.frames);
-		r = ksm_region_init(&area->region, peer, &domain->worker.member.index, area->base, area->room, home);
-	}
-	if (r) {
-		area_destroy(area);
-		return r;
-	}
-	ksm_os_advise(area->base, area->room << KSM_PAGE_SHIFT, MADV_NOHUGEPAGE);
-	if (half->mergeable) {
-		area->region.background = arena->background;
-		area->region.sigsegv = arena->sigsegv;
-		area->region.excluded = arena->excluded;
-		ksm_merge_lock(peer);
-		ksm_scanner_add(ksm_domain_scanner(domain), &area->region);
-		ksm_merge_unlock(peer);
-	}
-	struct ksm_area **at = &half->areas;
-	while (*at)
-		at = &(*at)->next;
-	*at = area;
-	*out = area;
-	return 0;
-}
-
-static int commit(struct ksm_area *area, size_t pages)
-{
-	if (pages <= area->committed)
-		return 0;
-	size_t target = KSM_MIN((pages + COMMIT_PAGES - 1) / COMMIT_PAGES * COMMIT_PAGES, area->room);
-	size_t nbytes = (target - area->committed) << KSM_PAGE_SHIFT;
-	int r = ksm_os_protect(area->base + (area->committed << KSM_PAGE_SHIFT), nbytes, true);
-	if (!r)
-		area->committed = target;
-	return r;
-}
+/* ---- pages of areas ------------------------------------------------------------------------------------------------------ */
 
 /* `pages` pages of some area. Memory lock held. */
 static int take_pages(struct ksm_arena *arena, struct ksm_half *half, size_t pages, struct ksm_area **out, char **at)
@@ -122,11 +41,11 @@ static int take_pages(struct ksm_arena *arena, struct ksm_half *half, size_t pag
 			break;
 	}
 	if (!area) {
-		r = area_create(arena, half, pages, &area);
+		r = ksm_area_create(arena, half, pages, &area);
 		if (!r)
 			r = ksm_span_alloc(&area->spans, pages, &page);
 	}
-	if (!r && (r = commit(area, page + pages)))
+	if (!r && (r = ksm_area_commit(area, page + pages)))
 		ksm_span_free(&area->spans, page, pages);
 	if (r)
 		return r;
@@ -179,6 +98,9 @@ static void renew_pages(struct ksm_arena *arena, struct ksm_half *half, struct k
 
 static void give_pages(struct ksm_arena *arena, struct ksm_half *half, struct ksm_area *area, char *at, size_t pages)
 {
+	size_t offset = (size_t)(at - area->base), used = ksm_load_relaxed(&area->region.used);
+	ksm_ensure(offset % KSM_PAGE_SIZE == 0 && offset >> KSM_PAGE_SHIFT < used); /* ARENA-4 */
+	ksm_ensure(pages <= used - (offset >> KSM_PAGE_SHIFT) && pages <= arena->pages);
 	renew_pages(arena, half, area, at, pages);
 	pthread_mutex_lock(&arena->domain->memory);
 	ksm_span_free(&area->spans, (size_t)(at - area->base) >> KSM_PAGE_SHIFT, pages);
@@ -208,7 +130,7 @@ int ksm_arena_create(struct ksm_domain *domain, unsigned flags, struct ksm_arena
 	int r = flags & KSM_ARENA_SIGSEGV ? ksm_handler_install() : 0;
 	if (r)
 		return r;
-	struct ksm_arena *arena = calloc(1, sizeof(*arena));
+	struct ksm_arena *arena = ksm_os_allocate(sizeof(*arena));
 	if (!arena)
 		return -ENOMEM;
 	arena->domain = domain;
@@ -240,12 +162,12 @@ static void arena_destroy(struct ksm_arena *arena)
 				ksm_merge_lock(peer);
 				ksm_scanner_remove(ksm_domain_scanner(domain), &area->region);
 				ksm_region_unguard(&area->region);
-				munmap(area->base, area->room << KSM_PAGE_SHIFT);
+				ksm_os_unmap(area->base, area->room << KSM_PAGE_SHIFT);
 				area->base = NULL;
 				ksm_region_forget(&area->region, 0, area->region.used);
 				ksm_merge_unlock(peer);
 			}
-			area_destroy(area);
+			ksm_area_destroy(area);
 		}
 	}
 	free(arena);
@@ -255,6 +177,7 @@ static void arena_destroy(struct ksm_arena *arena)
 static void arena_put(struct ksm_arena *arena)
 {
 	pthread_mutex_lock(&arena->domain->memory);
+	ksm_ensure(arena->references > 0); /* ARENA-2 */
 	bool last = --arena->references == 0;
 	pthread_mutex_unlock(&arena->domain->memory);
 	if (last)
@@ -355,6 +278,7 @@ int ksm_arena_free(struct ksm_arena *arena, struct ksm_block *block)
 		give_pages(arena, half, area, block->address, ksm_pages_of(block->nbytes));
 	}
 	pthread_mutex_lock(&arena->domain->memory);
+	ksm_ensure(arena->blocks > 0 && arena->bytes >= block->nbytes); /* ARENA-4 */
 	arena->blocks--;
 	arena->bytes -= block->nbytes;
 	pthread_mutex_unlock(&arena->domain->memory);

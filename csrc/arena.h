@@ -37,6 +37,13 @@ struct ksm_arena {
 	uint64_t blocks, bytes, pages;
 };
 
+/* A new area of at least so many pages, last in its half. Memory lock held. 0, or ENOMEM and what regions say. */
+int ksm_area_create(struct ksm_arena *arena, struct ksm_half *half, size_t least, struct ksm_area **out);
+/* No scanner knows its region any more. */
+void ksm_area_destroy(struct ksm_area *area);
+/* Make pages [0, pages) of it readable and writable. */
+int ksm_area_commit(struct ksm_area *area, size_t pages);
+
 /* Pages of a live area, or NULL: [at, at + nbytes) lies in no area's handed-out part. Memory lock held. */
 struct ksm_area *ksm_arena_area_of(struct ksm_arena *arena, const void *at, size_t nbytes, bool *mergeable);
 

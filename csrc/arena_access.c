@@ -119,7 +119,7 @@ int ksm_arena_writable_begin(struct ksm_arena *arena, void *address, size_t nbyt
 	int r = range_of(arena, address, nbytes, false, &range);
 	if (r || !range.count)
 		return r;
-	struct ksm_hold *hold = malloc(sizeof(*hold));
+	struct ksm_hold *hold = ksm_os_allocate(sizeof(*hold));
 	if (!hold)
 		return -ENOMEM;
 	uint64_t mask = lock_and_mask(peer);

@@ -37,12 +37,14 @@ static inline bool ksm_cas32_seqcst(uint32_t *p, uint32_t expected, uint32_t des
 	return __atomic_compare_exchange_n(p, &expected, desired, false, __ATOMIC_SEQ_CST, __ATOMIC_ACQUIRE);
 }
 
-/* Raise *p to at least v; release. */
+/* Raise *p to at least v; release. Given up after many tries: a confused peer may write there all the time. A word that
+ * nobody else writes is raised at the first. */
 static inline void ksm_raise_release(uint64_t *p, uint64_t v)
 {
 	uint64_t old = ksm_load_relaxed(p);
-	while (old < v && !__atomic_compare_exchange_n(p, &old, v, true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
-		;
+	for (unsigned tries = 0; tries < 1000 && old < v; tries++)
+		if (__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+			return;
 }
 
 #endif

@@ -10,6 +10,7 @@
  * BARRIER-2. Every page of a window is mapped, dropped or put back, whatever fails; nothing is lost and nobody is
  *            left asleep.
  * BARRIER-3. A page that a device may write by itself (pinned) is refused, by a barrier that can see it.
+ * BARRIER-4. One window at a time, and it is closed before the merge lock is let go.
  */
 #include "barrier.h"
 
@@ -51,18 +52,28 @@ void ksm_barrier_destroy(struct ksm_barrier *barrier)
 
 int ksm_window_open(struct ksm_barrier *barrier, char *at, size_t pages)
 {
-	ksm_assert(barrier->pages == 0 && pages > 0);
+	ksm_ensure(barrier->pages == 0 && pages > 0); /* BARRIER-4 */
 	if (!barrier->ops)
 		return barrier->error ? barrier->error : -ENOSYS;
 	memset(barrier->fate, KSM_WINDOW_OUT, sizeof(barrier->fate));
 	int r = barrier->ops->open(barrier, at, KSM_MIN(pages, (size_t)KSM_WINDOW_PAGES));
-	ksm_assert(r ? barrier->pages == 0 : barrier->pages > 0 && barrier->pages <= pages);
+	ksm_ensure(r ? barrier->pages == 0 : barrier->pages > 0 && barrier->pages <= pages);
 	return r;
+}
+
+/* Are these pages still in the window, and nothing decided about them? */
+KSM_UNUSED static bool is_out(const struct ksm_barrier *barrier, size_t page, size_t count)
+{
+	for (size_t i = page; i < page + count; i++)
+		if (barrier->fate[i] != KSM_WINDOW_OUT)
+			return false;
+	return true;
 }
 
 int ksm_window_map(struct ksm_barrier *barrier, size_t page, size_t count, int store, uint64_t offset, bool writable)
 {
-	ksm_assert(page + count <= barrier->pages);
+	ksm_ensure(page < barrier->pages && count <= barrier->pages - page);
+	ksm_assert(is_out(barrier, page, count));
 	int r = barrier->ops->map(barrier, page, count, store, offset, writable);
 	if (!r)
 		memset(barrier->fate + page, KSM_WINDOW_MAPPED, count);
@@ -71,16 +82,23 @@ int ksm_window_map(struct ksm_barrier *barrier, size_t page, size_t count, int s
 
 int ksm_window_drop(struct ksm_barrier *barrier, size_t page, size_t count)
 {
-	ksm_assert(page + count <= barrier->pages);
+	ksm_ensure(page < barrier->pages && count <= barrier->pages - page);
+	ksm_assert(is_out(barrier, page, count));
 	int r = barrier->ops->drop ? barrier->ops->drop(barrier, page, count) : 0;
 	if (!r)
 		memset(barrier->fate + page, KSM_WINDOW_DROPPED, count);
 	return r;
 }
 
+void ksm_window_give_up(struct ksm_barrier *barrier, size_t page)
+{
+	ksm_assert(page < barrier->pages && barrier->fate[page] == KSM_WINDOW_OUT);
+	barrier->fate[page] = KSM_WINDOW_GONE;
+}
+
 unsigned ksm_window_close(struct ksm_barrier *barrier)
 {
-	ksm_assert(barrier->pages > 0);
+	ksm_ensure(barrier->pages > 0); /* BARRIER-4 */
 	unsigned failures = barrier->ops->close(barrier);
 	barrier->at = NULL;
 	barrier->view = NULL;

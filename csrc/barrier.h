@@ -12,6 +12,7 @@
 
 #include "base.h"
 #include "ksmalloc.h"
+#include "os.h"
 
 #define KSM_WINDOW_PAGES 64 /* at most, in one window */
 
@@ -19,6 +20,7 @@ enum ksm_window_page {
 	KSM_WINDOW_OUT = 0, /* in the window, to be put back */
 	KSM_WINDOW_MAPPED,
 	KSM_WINDOW_DROPPED,
+	KSM_WINDOW_GONE, /* registered memory that is not there any more: nothing is done to what is there instead */
 };
 
 struct ksm_barrier;
@@ -45,6 +47,11 @@ struct ksm_barrier_ops {
 	/* Keep stores away from pages mapped to frames without moving them, and let go again (nothing replaced). */
 	int (*hold)(struct ksm_barrier *barrier, char *at, size_t pages);
 	int (*release)(struct ksm_barrier *barrier, char *at, size_t pages);
+	/* Are all these pages still held, and nothing else in their place? NULL: nobody can tell. */
+	bool (*holds)(struct ksm_barrier *barrier, char *at, size_t pages);
+	/* For up to `ns`: let pages that are held go, one by one, when somebody waits to write. 0, or an error: release all.
+	 * NULL: whoever waits, waits for release. */
+	int (*attend)(struct ksm_barrier *barrier, uint64_t ns);
 };
 
 struct ksm_barrier {
@@ -60,6 +67,9 @@ struct ksm_barrier {
 	int uffd;
 	char *scratch;
 	bool tainted;                  /* the descriptor is to be replaced when the window is closed */
+	bool foreign;                  /* registered memory: the program may unmap or move it at any time */
+	char *moved[KSM_WINDOW_PAGES]; /* move, foreign: where mremap has taken pages meanwhile; NULL: nowhere */
+	uint64_t moves;                /* move: how often memory was moved, ever */
 	bool frozen_only;              /* segv: frozen pages are taken, no others */
 	uint8_t was[KSM_WINDOW_PAGES]; /* segv: what the guards said before */
 };
@@ -82,6 +92,25 @@ void ksm_barrier_destroy(struct ksm_barrier *barrier);
 int ksm_window_open(struct ksm_barrier *barrier, char *at, size_t pages);
 int ksm_window_map(struct ksm_barrier *barrier, size_t page, size_t count, int store, uint64_t offset, bool writable);
 int ksm_window_drop(struct ksm_barrier *barrier, size_t page, size_t count);
+/* It is not what the window was opened on. */
+void ksm_window_give_up(struct ksm_barrier *barrier, size_t page);
 unsigned ksm_window_close(struct ksm_barrier *barrier);
+
+/* ---- barrier_follow.c: what "move" does about memory that is moved or unmapped meanwhile ------------------------------ */
+
+/* Where page `page` of the window is now, as far as is known. */
+char *ksm_follow_place(const struct ksm_barrier *barrier, size_t page);
+/* From here on nobody waits for us in mremap, and what was moved before is known. */
+void ksm_follow(struct ksm_barrier *barrier);
+/* A move that has been read of. */
+void ksm_follow_note(struct ksm_barrier *barrier, const struct ksm_os_uffd_event *event);
+/* Is [at, at + pages) one mapping, and what was registered? */
+bool ksm_follow_is_there(struct ksm_barrier *barrier, char *at, size_t pages);
+/* Has the mapping of a page that is out been unmapped? */
+bool ksm_follow_is_lost(struct ksm_barrier *barrier, size_t page);
+/* Unregister what of [at, at + pages) is registered; there may be anything. Returns how many calls failed. */
+unsigned ksm_follow_unregister(struct ksm_barrier *barrier, char *at, size_t pages);
+/* When the window is over: unregister and wake wherever pages were moved to, until nobody moves them any more. */
+unsigned ksm_follow_let_go(struct ksm_barrier *barrier);
 
 #endif

@@ -20,6 +20,8 @@
  *         before the window goes on; a thread that reads the hole in between is killed, and nothing can prevent that.
  * SEGV-4. Mapped pages are given to their guard at once: a store into one copies it while the rest is still compared.
  *
+ * SEGV-5. Registered memory that is gone: the protection of what is there instead is not ours to change.
+ *
  * Called as barrier.h says, by a scanner, in whose thread every signal is blocked: so no signal handler of the program
  * meets a page that its own thread holds.
  */
@@ -92,6 +94,10 @@ static unsigned give_back(struct ksm_barrier *barrier, struct ksm_guard *guard, 
 {
 	char *at = barrier->at + bytes(page);
 	unsigned failures = 0;
+	if (barrier->fate[page] == KSM_WINDOW_GONE) { /* SEGV-5 */
+		ksm_guard_set(guard, first + page, n, KSM_GUARD_OPEN);
+		return 0;
+	}
 	if (was_writable(barrier, page) && ksm_os_protect(at, bytes(n), true)) {
 		failures++;
 		if (n > 1) { /* one by one: of one page the kernel does all or nothing */
@@ -113,7 +119,7 @@ static unsigned give_back_all(struct ksm_barrier *barrier, struct ksm_guard *gua
 		n = 1;
 		if (barrier->fate[page] == KSM_WINDOW_MAPPED)
 			continue;
-		while (page + n < barrier->pages && barrier->fate[page + n] != KSM_WINDOW_MAPPED &&
+		while (page + n < barrier->pages && barrier->fate[page + n] == barrier->fate[page] &&
 		       was_writable(barrier, page + n) == was_writable(barrier, page))
 			n++;
 		failures += give_back(barrier, guard, first, page, n);
@@ -177,7 +183,7 @@ static int fill_hole(struct ksm_barrier *barrier, size_t page, int store, uint64
 	if (!r && fresh != at) /* the kernel may have chosen the hole itself */
 		r = ksm_os_remap(fresh, at, KSM_PAGE_SIZE);
 	if (r)
-		munmap(fresh, KSM_PAGE_SIZE);
+		ksm_os_unmap(fresh, KSM_PAGE_SIZE);
 	else if (was_state(barrier, page) == KSM_GUARD_WRITABLE)
 		barrier->was[page] = KSM_GUARD_OPEN; /* anonymous from now on */
 	return r;

@@ -70,6 +70,11 @@ int ksm_process_stop_signal(int signal)
 	return ksm_park_choose_signal(signal);
 }
 
+void ksm_process_before_exec(void)
+{
+	ksm_park_before_exec();
+}
+
 int ksm_process_handler_reinstall(void)
 {
 	return ksm_handler_is_installed() ? ksm_handler_reinstall() : 0;

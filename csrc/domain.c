@@ -20,6 +20,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define SWEEP_PATIENCE_NS 3000000000ull
+
 static pthread_mutex_t list_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct ksm_domain *list;
 
@@ -76,7 +78,7 @@ static int check_wishes(struct ksm_domain *domain, const struct ksm_domain_optio
 
 static int make(const struct ksm_domain_options *options, struct ksm_domain **out)
 {
-	struct ksm_domain *domain = calloc(1, sizeof(*domain));
+	struct ksm_domain *domain = ksm_os_allocate(sizeof(*domain));
 	if (!domain)
 		return -ENOMEM;
 	ksm_worker_init(&domain->worker, options);
@@ -146,8 +148,10 @@ void ksm_domain_detach(struct ksm_domain *domain)
 	while (*at != domain)
 		at = &(*at)->next;
 	*at = domain->next;
-	if (ksm_worker_call(&domain->worker, leave, NULL))
-		ksm_peer_destroy(ksm_domain_peer(domain)); /* no thread to be had: its descriptors are gone anyway */
+	if (ksm_worker_call(&domain->worker, leave, NULL)) { /* no thread to be had: its descriptors are gone anyway */
+		ksm_member_drop_seeds(&domain->worker.member, true);
+		ksm_peer_destroy(ksm_domain_peer(domain));
+	}
 	ksm_worker_stop(&domain->worker);
 	pthread_mutex_unlock(&list_lock);
 	ksm_worker_fini(&domain->worker);
@@ -160,7 +164,7 @@ void ksm_domain_id(struct ksm_domain *domain, char out[33])
 	struct ksm_peer *peer = ksm_domain_peer(domain);
 	uint8_t id[16];
 	ksm_merge_lock(peer); /* the membership may be moving to another user's domain */
-	memcpy(id, peer->control->id, sizeof(id));
+	memcpy(id, peer->id, sizeof(id));
 	ksm_merge_unlock(peer);
 	for (size_t i = 0; i < 16; i++) {
 		out[2 * i] = "0123456789abcdef"[id[i] >> 4];
@@ -239,6 +243,8 @@ static int collect(struct ksm_member *member, void *context)
 	ksm_scan_know_peers(&member->scanner); /* whoever cannot be asked is counted all the same */
 	for (size_t i = 0; i < peer->living_count; i++) {
 		const struct ksm_slot *slot = ksm_peer_slot(peer, peer->living[i]);
+		if (!slot) /* a newcomer's, and no memory to read it */
+			continue;
 		struct ksm_peer_info info = {.pid = slot->pid, .slot = peer->living[i], .self = slot == peer->self};
 		ksm_stats_of_slot(slot, &info.stats);
 		ksm_stats_add(&request->sum, &info.stats);
@@ -271,7 +277,7 @@ int ksm_domain_stats(struct ksm_domain *domain, struct ksm_stats *out)
 
 int ksm_domain_peers(struct ksm_domain *domain, struct ksm_peer_info *out, size_t room)
 {
-	struct ksm_peer_info *found = room ? calloc(room, sizeof(*found)) : NULL;
+	struct ksm_peer_info *found = room ? ksm_os_allocate(room * sizeof(*found)) : NULL;
 	struct peers_request request = {.room = found, .space = room};
 	if (room && !found)
 		return -ENOMEM;
@@ -359,8 +365,14 @@ static int sweep(struct ksm_member *member, void *context)
 	struct scan_request *request = context;
 	struct ksm_scan_between hook = ksm_worker_between(member);
 	int64_t freed = -EAGAIN;
-	for (int attempt = 0; attempt < 50 && freed == -EAGAIN; attempt++) /* somebody comes or goes */
+	uint64_t give_up = ksm_os_now_ns() + SWEEP_PATIENCE_NS; /* a peer that is silent costs time at each attempt */
+	for (int attempt = 0; attempt < 50 && freed == -EAGAIN; attempt++) { /* somebody comes or goes */
+		if (attempt && hook.call(hook.context))
+			return -ECANCELED;
+		if (attempt && ksm_os_now_ns() > give_up)
+			break;
 		freed = ksm_scan_sweep(&member->scanner, true, &hook);
+	}
 	if (freed < 0)
 		return (int)freed;
 	request->freed = (uint64_t)freed;
@@ -370,7 +382,10 @@ static int sweep(struct ksm_member *member, void *context)
 int ksm_domain_sweep(struct ksm_domain *domain, uint64_t *freed)
 {
 	struct scan_request request = {0};
-	int r = ksm_worker_call(&domain->worker, sweep, &request);
+	int r;
+	do /* as in ksm_domain_scan_region() */
+		r = ksm_worker_call(&domain->worker, sweep, &request);
+	while (r == -ECANCELED);
 	if (!r && freed)
 		*freed = request.freed;
 	return r;
@@ -405,13 +420,20 @@ void ksm_domains_fork_parent(void)
 	pthread_mutex_unlock(&list_lock);
 }
 
+/* Held by this thread since before the fork; others may have been waiting for it, in the parent. */
+static void renew(pthread_mutex_t *mutex)
+{
+	pthread_mutex_unlock(mutex);
+	pthread_mutex_init(mutex, NULL);
+}
+
 void ksm_domains_fork_child(void)
 {
 	for (struct ksm_domain *domain = list; domain; domain = domain->next) {
 		ksm_worker_fork_child(&domain->worker);
-		pthread_mutex_init(&domain->memory, NULL);
+		renew(&domain->memory);
 	}
 	ksm_park_fork_child();
 	ksm_guards_fork_child();
-	pthread_mutex_init(&list_lock, NULL);
+	renew(&list_lock);
 }

@@ -41,7 +41,7 @@ static int settle_check(struct ksm_member *member, void *context)
 	uint64_t changes = ksm_load_seqcst(&peer->control->changes);
 	for (size_t i = 0; i < peer->living_count; i++) {
 		struct ksm_slot *slot = ksm_peer_slot(peer, peer->living[i]);
-		if (ksm_load_acquire(&slot->quiet_at) == changes && ksm_load_acquire(&slot->settled_seq) == seq)
+		if (slot && ksm_load_acquire(&slot->quiet_at) == changes && ksm_load_acquire(&slot->settled_seq) == seq)
 			continue;
 		request->settled = false;
 		if (wake && slot != peer->self)

@@ -27,7 +27,9 @@
 	X(KSM_EDEVICES, -5018, "something other than threads may write to memory: io_uring, AIO, a device, AF_XDP")    \
 	X(KSM_EDISPLACED, -5019, "another SIGSEGV handler has taken the place of ours")                                \
 	X(KSM_EMASKED, -5020, "a thread blocks SIGSEGV, so a store into a read-only page would kill the process")      \
-	X(KSM_EUSER, -5021, "the process has changed its user and could not take its memory along")
+	X(KSM_EUSER, -5021, "the process has changed its user and could not take its memory along")                    \
+	X(KSM_EHEADROOM, -5022, "a control group of the process is near its memory limit")                             \
+	X(KSM_ENOPROC, -5023, "there is no /proc, through which peers reach each other")
 
 enum ksm_error {
 #define KSM_ERROR_ENUM(symbol, value, sentence) symbol = value,

@@ -11,10 +11,11 @@
  *    WAKE                                      there may be something new
  *
  * EXCH-1. Serving never blocks and holds no lock: a client that says nothing or garbage costs one of a few places for
- *         a few seconds.
+ *         a few seconds, and a flood of them is answered a few at a time.
  * EXCH-2. Whoever waits for an answer goes on serving, so that two who ask each other both get one.
  * EXCH-3. Only processes of our own user are answered or believed, and what arrives is checked: seals, sizes,
  *         the domain's id.
+ * EXCH-4. Asking ends: whoever is silent costs a moment, and all together no more than a time that was set before.
  */
 #include "exchange.h"
 
@@ -30,6 +31,10 @@
 
 #define CLIENT_PATIENCE_NS 3000000000ull
 #define DEAF_NS 1000000000ull
+#define WELCOME_MOST 64                /* connections at a time */
+#define FIRST_PATIENCE_NS 100000000ull /* with each that is asked for the first time */
+#define PATIENCE_NS 500000000ull
+#define FETCH_ROUNDS 10 /* as long as so many silent peers, and no longer */
 
 static void socket_name(ksm_slotno slot, char name[24])
 {
@@ -114,7 +119,7 @@ static void answer(struct ksm_exchange *exchange, const struct ksm_peer *peer, i
 	size_t nfds = 0;
 	struct ksm_message reply = {
 		.magic = KSM_MAGIC, .kind = KSM_MESSAGE_ANSWER, .slot = request->slot, .layout = ksm_layout_hash()};
-	memcpy(reply.id, peer->control->id, sizeof(reply.id));
+	memcpy(reply.id, peer->id, sizeof(reply.id));
 	if (request->kind == KSM_MESSAGE_WAKE) {
 		exchange->woken = true;
 		return;
@@ -158,8 +163,8 @@ static bool serve_client(struct ksm_exchange *exchange, const struct ksm_peer *p
 
 static void welcome(struct ksm_exchange *exchange, const struct ksm_peer *peer, int listener, uint64_t now)
 {
-	int fd;
-	while ((fd = ksm_os_accept(listener)) >= 0) {
+	int fd = -EAGAIN;
+	for (unsigned n = 0; n < WELCOME_MOST && (fd = ksm_os_accept(listener)) >= 0; n++) { /* EXCH-1 */
 		if (serve_client(exchange, peer, fd)) {
 			ksm_os_close(fd);
 			continue;
@@ -177,7 +182,7 @@ static void welcome(struct ksm_exchange *exchange, const struct ksm_peer *peer, 
 		exchange->clients[place].fd = fd;
 		exchange->clients[place].since_ns = now;
 	}
-	if (fd != -EAGAIN && fd != -ECONNABORTED)
+	if (fd < 0 && fd != -EAGAIN && fd != -ECONNABORTED)
 		exchange->deaf_until_ns = now + DEAF_NS; /* EMFILE and the like: who waits would keep us awake */
 }
 
@@ -224,8 +229,8 @@ static int ask_at(int directory, const char *name, const struct ksm_message *req
 		size_t nfds = KSM_OS_FDS_MAX;
 		int n = ksm_os_receive(fd, &reply, sizeof(reply), fds, &nfds);
 		if (n != -EAGAIN) {
-			bool good =
-				n == (int)sizeof(reply) && reply.magic == KSM_MAGIC && reply.kind == KSM_MESSAGE_ANSWER;
+			bool good = n == (int)sizeof(reply) && reply.magic == KSM_MAGIC &&
+				    reply.kind == KSM_MESSAGE_ANSWER && reply.status <= 0; /* a count is ours to make */
 			r = n < 0 ? n : !good ? -ECONNRESET : reply.status ? reply.status : (int)nfds;
 			if (r != (int)nfds)
 				for (size_t i = 0; i < nfds; i++)
@@ -261,16 +266,17 @@ int ksm_exchange_join(int directory, int file, uint32_t timeout_ms, int *control
 {
 	struct ksm_message request = {.magic = KSM_MAGIC, .kind = KSM_MESSAGE_JOIN, .layout = ksm_layout_hash()};
 	uint64_t now = ksm_os_now_ns(), deadline = now + timeout_ms * 1000000ull;
+	uint64_t patience = FIRST_PATIENCE_NS;
 	int r = KSM_ENOPEER;
 	do {
-		for (uint64_t from = 0; from < KSM_PEERS_MAX;) {
+		for (uint64_t from = 0; from < KSM_PEERS_MAX && now < deadline; now = ksm_os_now_ns()) {
 			int64_t at = ksm_os_lock_find(file, KSM_LOCK_LIVENESS + from, KSM_PEERS_MAX - from);
 			if (at < 0)
 				break;
 			ksm_slotno slot = (ksm_slotno)((uint64_t)at - KSM_LOCK_LIVENESS);
 			from = slot + 1u;
 			int fds[KSM_OS_FDS_MAX];
-			int n = ask(directory, slot, &request, fds, ksm_os_now_ns() + 500000000ull, NULL, NULL);
+			int n = ask(directory, slot, &request, fds, ksm_os_now_ns() + patience, NULL, NULL);
 			if (n == 2) {
 				*control = fds[0];
 				*store = fds[1];
@@ -284,6 +290,7 @@ int ksm_exchange_join(int directory, int file, uint32_t timeout_ms, int *control
 		if (ksm_os_lock_find(file, KSM_LOCK_LIVENESS, KSM_PEERS_MAX) == -ENOENT)
 			return -EAGAIN; /* the last one left meanwhile */
 		ksm_os_sleep_ns(2000000);
+		patience = PATIENCE_NS;
 		now = ksm_os_now_ns();
 	} while (now < deadline);
 	return r;
@@ -294,8 +301,9 @@ int ksm_exchange_fetch_bitmap(struct ksm_exchange *exchange, struct ksm_peer *pe
 {
 	struct ksm_message request = {
 		.magic = KSM_MAGIC, .kind = KSM_MESSAGE_BITMAP, .slot = slot, .layout = ksm_layout_hash()};
-	memcpy(request.id, peer->control->id, sizeof(request.id));
-	for (size_t i = 0; i <= peer->living_count; i++) {
+	memcpy(request.id, peer->id, sizeof(request.id));
+	uint64_t give_up = ksm_os_now_ns() + FETCH_ROUNDS * timeout_ms * 1000000ull; /* EXCH-4 */
+	for (size_t i = 0; i <= peer->living_count && ksm_os_now_ns() < give_up; i++) {
 		ksm_slotno whom = i == 0 ? slot : peer->living[i - 1];
 		if (whom == peer->seat.slot || (i && whom == slot))
 			continue;

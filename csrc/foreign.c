@@ -9,6 +9,8 @@
  *            forks, from core dumps, …) and not a stack.
  * FOREIGN-2. Unregistering gives back anonymous memory with the same contents before it is forgotten; if that fails it
  *            stays registered.
+ * FOREIGN-3. What the program has unmapped or moved meanwhile is forgotten, whatever is there instead is left alone, and
+ *            the references stay, so the membership must, too: SURVEY-2.
  */
 #include "foreign.h"
 
@@ -16,6 +18,7 @@
 #include "os.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -64,9 +67,12 @@ int ksm_foreign_check(const void *address, size_t nbytes)
 	check.covered = check.from;
 	char line[512];
 	int r = 0;
-	FILE *smaps = fopen("/proc/self/smaps", "re");
-	if (!smaps)
-		return -errno;
+	int fd = ksm_os_open(AT_FDCWD, "/proc/self/smaps", O_RDONLY, 0);
+	FILE *smaps = fd >= 0 ? fdopen(fd, "r") : NULL;
+	if (!smaps) {
+		ksm_os_close(fd);
+		return fd < 0 ? fd : -ENOMEM;
+	}
 	while (!r && fgets(line, sizeof(line), smaps)) {
 		if (!strncmp(line, "VmFlags:", 8)) {
 			if (check.inside && !flags_are_plain(line + 8))
@@ -98,7 +104,7 @@ int ksm_region_register(struct ksm_domain *domain, void *address, size_t nbytes,
 	int r = ksm_foreign_check((void *)from, to - from);
 	if (r)
 		return r;
-	struct ksm_region *region = calloc(1, sizeof(*region));
+	struct ksm_region *region = ksm_os_allocate(sizeof(*region));
 	if (!region)
 		return -ENOMEM;
 	r = ksm_region_init(region, peer, &domain->worker.member.index, (void *)from, (to - from) >> KSM_PAGE_SHIFT,
@@ -149,9 +155,11 @@ int ksm_region_unregister(struct ksm_region *region)
 	ksm_scanner_remove(ksm_domain_scanner(domain), region);
 	ksm_region_forget(region, 0, region->room); /* candidates */
 	ksm_region_unguard(region);
+	bool strayed = region->strayed > 0;
 	ksm_merge_unlock(peer);
 	ksm_region_fini(region);
 	free(region);
-	ksm_domain_detach(domain);
+	if (!strayed) /* FOREIGN-3 */
+		ksm_domain_detach(domain);
 	return 0;
 }

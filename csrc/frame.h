@@ -42,5 +42,7 @@ int ksm_frame_read(struct ksm_peer *peer, ksm_frameno frame, size_t count, void 
 
 /* The store of a new domain: sized and sealed. 0 or an error. */
 int ksm_store_prepare(int store, uint64_t frames, uint32_t backing);
+/* That of a domain that exists, from a peer: KSM_ECORRUPT if it is not a store of this size that will stay so. */
+int ksm_store_check(int store, uint64_t frames, uint32_t backing);
 
 #endif

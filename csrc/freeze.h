@@ -9,7 +9,8 @@
 
 #include "region.h"
 
-/* In the scanner's thread. Read-only from now on, until a store into one of them or ksm_thaw(). The handler is installed. On error none is. */
+/* In the scanner's thread. Read-only from now on, until a store into one of them or ksm_thaw(). The handler is
+ * installed. On error none is. */
 int ksm_freeze(struct ksm_region *region, ksm_pageno first, size_t count);
 /* Writable again, contents unchanged, merged where they are. On error some are not. */
 int ksm_thaw(struct ksm_region *region, ksm_pageno first, size_t count);

@@ -94,7 +94,7 @@ int ksm_guard_create(void *base, size_t pages, struct ksm_guard **out)
 		size_t room = (pages + ROOM_STEP - 1) / ROOM_STEP * ROOM_STEP;
 		int r = ksm_os_map_table(room, &table);
 		if (r) {
-			ksm_store_release(&guard->sequence, guard->sequence + 1);
+			ksm_store_release(&guard->sequence, ksm_load_relaxed(&guard->sequence) + 1);
 			return r;
 		}
 		ksm_store_release(&guard->bytes, (uint8_t *)table);
@@ -106,7 +106,7 @@ int ksm_guard_create(void *base, size_t pages, struct ksm_guard **out)
 	ksm_store_relaxed(&guard->base, (char *)base);
 	ksm_store_relaxed(&guard->pages, pages);
 	raise_high((uint32_t)(guard - guards) + 1);
-	ksm_store_release(&guard->sequence, guard->sequence + 1);
+	ksm_store_release(&guard->sequence, ksm_load_relaxed(&guard->sequence) + 1);
 	*out = guard;
 	return 0;
 }
@@ -115,7 +115,7 @@ void ksm_guard_destroy(struct ksm_guard *guard)
 {
 	ksm_add_seqcst(&destroyed, 1);                           /* before it cannot be found any more */
 	uint32_t sequence = ksm_add_seqcst(&guard->sequence, 1); /* odd */
-	ksm_assert(!(sequence & 1));
+	ksm_ensure(!(sequence & 1));                             /* nobody else takes it down */
 	ksm_fence_seqcst();
 	while (ksm_load_seqcst(&guard->busy)) /* GUARD-3: a handler, for a few system calls */
 		ksm_os_yield();
@@ -192,6 +192,7 @@ void ksm_guard_set(struct ksm_guard *guard, size_t page, size_t count, uint8_t b
 	uint32_t were = 0;
 	if (!count)
 		return;
+	ksm_ensure(page < guard->pages && count <= guard->pages - page);
 	if (busy)
 		ksm_add_seqcst(&guard->busy, (uint32_t)count);
 	for (size_t i = page; i < page + count; i++) {
@@ -202,8 +203,10 @@ void ksm_guard_set(struct ksm_guard *guard, size_t page, size_t count, uint8_t b
 	}
 	if (is_read_only(byte)) /* afterwards: who counts has seen these bytes, or counts again */
 		ksm_add_seqcst(&protected_now, 1);
-	if (were)
-		__atomic_fetch_sub(&guard->busy, were, __ATOMIC_RELEASE);
+	if (were) {
+		uint32_t before = __atomic_fetch_sub(&guard->busy, were, __ATOMIC_RELEASE);
+		ksm_ensure(before >= were); /* GUARD-2 */
+	}
 }
 
 /* ---- all of them ----------------------------------------------------------------------------------------------- */

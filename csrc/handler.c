@@ -246,7 +246,7 @@ static int stand_on_top(void)
 	}
 	if (r)
 		return r;
-	self.top = entry;
+	ksm_store_relaxed(&self.top, entry);
 	ksm_store_relaxed(&self.latest, entry);
 	return 0;
 }
@@ -277,7 +277,7 @@ void ksm_handler_popped(void)
 		/* Its owner may have put back what it found, which was ours, or one of ours still further down. */
 		if (now >= 0 && now != below && is_beneath(below, now))
 			ksm_os_action_exchange(SIGSEGV, functions[below], &was);
-		self.top = below;
+		ksm_store_relaxed(&self.top, below);
 	}
 	in_force();
 	unlock();

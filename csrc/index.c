@@ -16,7 +16,8 @@
  *
  * Before writing a frame a peer turns the candidate into a claim of its own, so that two do not write
  * the same content. To others a claim is a miss, looked at again in the next pass, never a wait: the claimer
- * may be stopped. A dead one's claim, like its candidates, counts as an empty word.
+ * may be stopped. A dead one's claim, like its candidates, counts as an empty word. Whoever then can have no frame
+ * (it is not dumpable, the store is full) leaves a candidate of its own in that place: others may be able to.
  *
  * INDEX-1. Words only propose. Whatever they say, a frame is taken (FRAME-3) and compared before it is mapped.
  * INDEX-2. A frame appears here after it is published, never before.
@@ -41,12 +42,16 @@ void ksm_index_attach(struct ksm_index *index, const struct ksm_peer *peer)
 		.touched = (uint64_t *)(base + peer->layout.index_touched),
 		.levels_now = &peer->control->index_levels,
 		.levels_max = levels,
+		.words_there = ksm_peer_sparse(peer, KSM_SPARSE_INDEX, peer->layout.index),
+		.touched_there = ksm_peer_sparse(peer, KSM_SPARSE_TOUCHED, peer->layout.index_touched),
 	};
 	index->candidates = (struct ksm_table){
 		.words = (uint64_t *)(base + peer->layout.candidates),
 		.touched = (uint64_t *)(base + peer->layout.candidates_touched),
 		.levels_now = &peer->control->candidate_levels,
 		.levels_max = levels,
+		.words_there = ksm_peer_sparse(peer, KSM_SPARSE_CANDIDATES, peer->layout.candidates),
+		.touched_there = ksm_peer_sparse(peer, KSM_SPARSE_TOUCHED, peer->layout.index_touched),
 	};
 }
 
@@ -109,6 +114,11 @@ void ksm_index_insert(struct ksm_index *index, struct ksm_peer *peer, uint64_t d
 	ksm_add_seqcst(&peer->control->changes, 1); /* after it can be found: see ksm_slot.quiet_at */
 }
 
+int ksm_index_make_room(struct ksm_index *index, struct ksm_peer *peer, uint64_t digest)
+{
+	return ksm_table_make_room(&index->frames, digest, index_is_stale, peer);
+}
+
 /* ---- candidates ------------------------------------------------------------------------------------- */
 
 static uint64_t candidate_tag(uint64_t digest)
@@ -127,7 +137,10 @@ static uint64_t candidate_word(const struct ksm_peer *peer, uint64_t digest, con
 static bool owner_is_living(const struct ksm_peer *peer, uint64_t word)
 {
 	ksm_slotno slot = (ksm_slotno)(word >> 15 & 0x3ff);
-	uint32_t epoch = ksm_load_relaxed(&ksm_peer_slot(peer, slot)->epoch);
+	const struct ksm_slot *owner = ksm_peer_slot(peer, slot);
+	if (!owner)
+		return false;
+	uint32_t epoch = ksm_load_relaxed(&owner->epoch);
 	if ((epoch ^ (word >> 12)) & 7)
 		return false;
 	/* Somebody came whom we have not listed yet: it may be that one, and its claim is not to be taken over. */
@@ -238,4 +251,44 @@ void ksm_candidate_unclaim(struct ksm_index *index, const struct ksm_peer *peer,
 {
 	uint64_t claimed = candidate_word(peer, digest, page) | CLAIMED;
 	candidates_visit(index, digest, visit_remove, &claimed);
+}
+
+static bool visit_release(void *context, uint64_t *at, uint64_t word)
+{
+	uint64_t mine = *(uint64_t *)context;
+	return word == (mine | CLAIMED) && ksm_cas_seqcst(at, word, mine);
+}
+
+static bool visit_own(void *context, uint64_t *at KSM_UNUSED, uint64_t word)
+{
+	return word == *(uint64_t *)context;
+}
+
+void ksm_candidate_release(struct ksm_index *index, struct ksm_peer *peer, uint64_t digest, const void *page,
+			   bool is_news)
+{
+	uint64_t mine = candidate_word(peer, digest, page);
+	if (candidates_visit(index, digest, visit_own, &mine)) /* one is enough */
+		ksm_candidate_unclaim(index, peer, digest, page);
+	else if (candidates_visit(index, digest, visit_release, &mine) && is_news)
+		ksm_add_seqcst(&peer->control->changes, 1);
+}
+
+/* ---- for debug builds -------------------------------------------------------------------------------- */
+
+bool ksm_index_word_is_valid(const struct ksm_peer *peer, uint64_t word)
+{
+	ksm_frameno frame = index_frame(word);
+	if (frame >= peer->layout.frames)
+		return false;
+	uint64_t cell = ksm_load_acquire(&peer->cells[frame]);
+	uint32_t generation = ksm_cell_generation(cell);
+	if (generation > INDEX_GENERATION_MASK || generation != index_generation(word))
+		return generation >= index_generation(word);                                    /* of an earlier life */
+	return ksm_cell_state(cell) != KSM_CELL_FREE && ksm_cell_state(cell) != KSM_CELL_ALLOC; /* INDEX-2 */
+}
+
+bool ksm_candidate_word_is_valid(const struct ksm_peer *peer, uint64_t word)
+{
+	return word >> TAG_SHIFT && (word >> 15 & 0x3ff) < ksm_load_acquire(&peer->control->slots_high);
 }

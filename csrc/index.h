@@ -21,6 +21,8 @@ void ksm_index_attach(struct ksm_index *index, const struct ksm_peer *peer);
  * Returns the frame, or KSM_NO_FRAME.
  */
 ksm_frameno ksm_index_take(struct ksm_index *index, struct ksm_peer *peer, uint64_t digest, ksm_frameno prefer);
+/* Before a frame is written: that its word will have a place. */
+int ksm_index_make_room(struct ksm_index *index, struct ksm_peer *peer, uint64_t digest);
 /* A frame was published. */
 void ksm_index_insert(struct ksm_index *index, struct ksm_peer *peer, uint64_t digest, ksm_frameno frame,
 		      uint32_t generation);
@@ -43,5 +45,13 @@ void ksm_candidate_remove(struct ksm_index *index, const struct ksm_peer *peer, 
 bool ksm_candidate_claim(struct ksm_index *index, struct ksm_peer *peer, uint64_t digest, const void *page);
 /* Written, or given up. */
 void ksm_candidate_unclaim(struct ksm_index *index, const struct ksm_peer *peer, uint64_t digest, const void *page);
+
+/* We cannot write it: a candidate again, of this page. is_news: the others have not been told of this page before. */
+void ksm_candidate_release(struct ksm_index *index, struct ksm_peer *peer, uint64_t digest, const void *page,
+			   bool is_news);
+
+/* Could a word, not 0, have come to be there by what the functions above do? See valid.c. */
+bool ksm_index_word_is_valid(const struct ksm_peer *peer, uint64_t word);
+bool ksm_candidate_word_is_valid(const struct ksm_peer *peer, uint64_t word);
 
 #endif

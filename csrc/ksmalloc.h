@@ -105,6 +105,7 @@ struct ksm_stats {
 	uint64_t give_backs;     /* broken pages given anonymous memory again, ever */
 	uint64_t stops;          /* times all threads were held, ever */
 	uint64_t suspensions;    /* times our SIGSEGV handler was found displaced or masked, ever */
+	uint64_t withheld;       /* stretches not looked at, so near its memory limit was a control group, ever */
 	uint64_t vmas_used;      /* mappings that merging costs this process now (domain: the sum) */
 	uint64_t vma_budget;     /* how many it may (domain: the sum) */
 	uint64_t saved_bytes;    /* pages_sharing in bytes */
@@ -282,6 +283,10 @@ KSM_API int ksm_region_unregister(struct ksm_region *region);
 
 /* The real-time signal with which threads are held (0: the highest that is free), from the next join on. EINVAL. */
 KSM_API int ksm_process_stop_signal(int signal);
+/* To be called right before exec by a process whose threads are held now and then (the barrier "stop", unmerge): the
+ * signal that holds one would end the new program, where nobody handles it. For 10 s no thread is held; if exec fails,
+ * nothing need be undone. Not needed before vfork, posix_spawn, or in the child of a fork that has not used ksmalloc. */
+KSM_API void ksm_process_before_exec(void);
 /* A handler for SIGSEGV was installed after ours (faulthandler.enable(), …): stand before it again. Nothing to do: 0. */
 KSM_API int ksm_process_handler_reinstall(void);
 /* Whoever stood behind us last has gone (faulthandler.disable()): never call it again. */

@@ -11,10 +11,11 @@
  *   sparse: what nobody touched takes no memory
  *
  *   bitmap memfd (one a peer; its owner maps it writable, then seals it: others can only read)
- *   ┌───────────────────┬──────────────────────────────────────────┐
- *   │ struct ksm_bitmap │ one bit a frame, in 64-bit words         │
- *   │ (one page)        │ valid below ksm_bitmap.high              │
- *   └───────────────────┴──────────────────────────────────────────┘
+ *   ┌───────────────────┬───────────────────────────────────┬──────────────────────────────────────────┐
+ *   │ struct ksm_bitmap │ one bit a frame, in 64-bit words: │ one bit a frame:                         │
+ *   │ (one page)        │ its owner refers to it; valid     │ its owner is writing or freeing it;      │
+ *   │                   │ below ksm_bitmap.high             │ there are ksm_bitmap.busy such frames    │
+ *   └───────────────────┴───────────────────────────────────┴──────────────────────────────────────────┘
  *
  *   domain file in the rendezvous directory (read and written by pread and pwrite, never mapped)
  *   ┌────────────────────────┐ 0
@@ -22,6 +23,8 @@
  *   └────────────────────────┘ one page
  *     2^32 + 0                 join lock (OFD); also taken to write settings
  *     2^32 + 64 + slot         liveness locks (OFD), in the same place in every version of the layout
+ *     2^52 + slot · 2^40 + nonce
+ *                              incarnation locks (OFD): who it is that lives there, where nobody can scribble
  */
 #ifndef KSM_LAYOUT_H
 #define KSM_LAYOUT_H
@@ -100,7 +103,7 @@ static inline uint32_t ksm_cell_generation(uint64_t cell)
  * they say about a slot whose lock is free means nothing.
  */
 struct ksm_slot {
-	uint64_t nonce;       /* random, of this incarnation; the same in its bitmap */
+	uint64_t nonce;       /* of this incarnation; its lock says the same, and that is what counts */
 	uint32_t epoch;       /* raised by one each time the slot is taken; identifies the incarnation */
 	int32_t pid;          /* for people */
 	uint32_t sleeping;    /* 1: a wake message would shorten its sleep */
@@ -158,12 +161,13 @@ struct ksm_bitmap {
 	uint8_t id[16]; /* the domain's */
 	uint32_t slot;
 	uint32_t slot_epoch;
-	uint64_t nonce;  /* the slot's */
+	uint64_t nonce;  /* the incarnation's */
 	uint64_t frames; /* room */
 	uint64_t high;   /* bits [0, high) are valid; raised (release) before the first bit above is set */
+	uint64_t busy;   /* busy bits that are set. 0, nearly always: then nobody need read them */
 };
 
-#define KSM_BITMAP_BITS_OFFSET KSM_PAGE_SIZE
+#define KSM_BITMAP_BITS_OFFSET (KSM_PAGE_SIZE / 2) /* the first bits share a page with the header */
 
 /* ---- the domain file ----------------------------------------------------------------------------- */
 
@@ -186,6 +190,20 @@ struct ksm_domain_file {
 #define KSM_LOCK_BASE (1ull << 32)
 #define KSM_LOCK_JOIN (KSM_LOCK_BASE + 0)
 #define KSM_LOCK_LIVENESS (KSM_LOCK_BASE + 64)
+#define KSM_LOCK_INCARNATION (1ull << 52)
+#define KSM_NONCE_BITS 40
+
+/* Never 0. Its low bits are those of the slot epoch that cells name. */
+static inline uint64_t ksm_nonce_make(uint32_t random, uint32_t slot_epoch)
+{
+	return 1ull << (KSM_NONCE_BITS - 1) | (uint64_t)(random & 0xffffff) << 15 | (slot_epoch & KSM_CELL_EPOCH_MASK);
+}
+
+/* The first byte of a slot's incarnation locks; there are 2^KSM_NONCE_BITS. */
+static inline uint64_t ksm_lock_incarnations(ksm_slotno slot)
+{
+	return KSM_LOCK_INCARNATION + ((uint64_t)slot << KSM_NONCE_BITS);
+}
 
 /* ---- messages between peers ------------------------------------------------------------------------ */
 

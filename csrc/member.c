@@ -22,6 +22,8 @@
  * MEMBER-2. If no seat can be had for a child, nothing in the domain is ever freed again (no_sweep): memory is lost
  *           until its last process ends, bytes are not. The child is a member without a seat and merges nothing.
  * MEMBER-3. A descriptor that comes from the program's table is used only if it still is the file it was.
+ * MEMBER-4. A scanner that could not be started again, for want of memory or descriptors, is tried again by the next
+ *           call: until then the seeds stay in the program's table. Only KSM_ELOST is for good.
  */
 #include "member.h"
 
@@ -187,19 +189,22 @@ static int enter(struct ksm_member *member, const struct ksm_rendezvous *rendezv
 		ksm_os_close(control);
 		return r;
 	}
-	struct stat stat;
-	r = ksm_os_stat(store, &stat);
-	if (!r && ((uint64_t)stat.st_size != peer->layout.frames << KSM_PAGE_SHIFT ||
-		   memcmp(peer->control->id, head->id, sizeof(head->id))))
+	r = ksm_store_check(store, peer->layout.frames, head->backing);
+	if (!r && memcmp(peer->id, head->id, sizeof(head->id)))
 		r = KSM_ECORRUPT;
 	member->backing = head->backing;
 	return r;
 }
 
+static struct ksm_park *park_of(struct ksm_member *member)
+{
+	return member->scanner.park.ready ? &member->scanner.park : NULL;
+}
+
 static int make_barrier(struct ksm_member *member, int uffd)
 {
 	struct ksm_scanner *scanner = &member->scanner;
-	struct ksm_park *park = scanner->park.ready ? &scanner->park : NULL;
+	struct ksm_park *park = park_of(member);
 	int r = ksm_barrier_create(&scanner->barrier, (enum ksm_barrier_kind)member->options.barrier, park, uffd);
 	struct ksm_slot *self = member->peer.self;
 	ksm_store_relaxed(&self->barrier, r ? (int32_t)KSM_BARRIER_NONE : (int32_t)scanner->barrier.ops->kind);
@@ -211,7 +216,12 @@ static int make_barrier(struct ksm_member *member, int uffd)
 
 void ksm_member_retry_barrier(struct ksm_member *member)
 {
-	if (!member->scanner.barrier.ops && member->options.barrier == KSM_BARRIER_SEGV)
+	struct ksm_scanner *scanner = &member->scanner;
+	if (!scanner->park.ready) {
+		scanner->park_error = ksm_park_create(&scanner->park);
+		scanner->merger.park = park_of(member);
+	}
+	if (!scanner->barrier.ops)
 		make_barrier(member, -1);
 }
 
@@ -220,11 +230,12 @@ int ksm_member_settle_in(struct ksm_member *member, int uffd)
 {
 	struct ksm_peer *peer = &member->peer;
 	peer->fds.pagemap = ksm_os_open(AT_FDCWD, "/proc/self/pagemap", O_RDONLY, 0);
+	peer->fds.maps = ksm_os_open(AT_FDCWD, "/proc/self/maps", O_RDONLY, 0);
 	member->scanner.park_error = ksm_park_create(&member->scanner.park); /* without it broken pages stay broken */
 	int r = make_barrier(member, uffd);
 	if (!r)
 		r = ksm_merger_init(&member->scanner.merger, peer, &member->index, &member->scanner.barrier,
-				    member->scanner.park.ready ? &member->scanner.park : NULL);
+				    park_of(member));
 	if (!r)
 		r = ksm_exchange_open(&member->exchange, peer);
 	if (r && member->joined && member->scanner.merger.buffer)
@@ -256,27 +267,43 @@ static int join_locked(struct ksm_member *member, const struct ksm_rendezvous *r
 	return ksm_member_settle_in(member, -1);
 }
 
+/* Sockets and descriptors have their names below /proc (os_socket.c): without it -ENOENT would come from anywhere. */
+static int check_proc(void)
+{
+	int fd = ksm_os_open(AT_FDCWD, "/proc/thread-self/fd", O_RDONLY | O_DIRECTORY, 0);
+	ksm_os_close(fd);
+	return fd == -ENOENT ? KSM_ENOPROC : fd < 0 ? fd : 0;
+}
+
 int ksm_member_join(struct ksm_member *member)
 {
+	int proc = check_proc();
+	if (proc)
+		return proc;
 	for (int attempt = 0; attempt < 16; attempt++) {
 		struct ksm_rendezvous rendezvous;
 		int r = ksm_rendezvous_open(&member->options, true, &rendezvous);
+		if (r == -ENOENT && attempt < 15)
+			continue; /* cleaned away this very moment */
 		if (r)
 			return r;
-		r = ksm_rendezvous_lock(rendezvous.file, KSM_LOCK_JOIN, JOIN_LOCK_MS);
-		if (!r && ksm_rendezvous_is_gone(&rendezvous)) {
-			ksm_rendezvous_close(&rendezvous); /* cleaned away while we waited */
-			continue;
-		}
-		if (r) {
+		/* On a description of its own: that it goes with the descriptor cannot fail. */
+		int lock = ksm_os_reopen(rendezvous.file, rendezvous.directory, "domain");
+		r = lock < 0 ? lock : ksm_rendezvous_lock(lock, KSM_LOCK_JOIN, JOIN_LOCK_MS);
+		if (r || ksm_rendezvous_is_gone(&rendezvous)) {
+			ksm_os_close(lock);
 			ksm_rendezvous_close(&rendezvous);
-			return r;
+			if (r == -EAGAIN)
+				return KSM_ENOPEER; /* whoever is joining lives, and does not get on */
+			if (r && r != -ESTALE)
+				return r;
+			continue; /* cleaned away while we waited */
 		}
 		member->peer.fds.directory = rendezvous.directory;
 		member->peer.fds.file = rendezvous.file;
 		memcpy(member->directory, rendezvous.path, sizeof(member->directory));
 		r = join_locked(member, &rendezvous);
-		ksm_os_unlock(rendezvous.file, KSM_LOCK_JOIN);
+		ksm_os_close(lock);
 		if (!r) {
 			ksm_member_remember_inodes(member);
 			member->user = geteuid();
@@ -312,7 +339,7 @@ void ksm_member_leave(struct ksm_member *member)
 	bool named = member->backing == KSM_BACKING_SHM && file >= 0;
 	if (named)
 		named = lock_and_serve(member, file) == 0;
-	memcpy(id, peer->control->id, sizeof(id));
+	memcpy(id, peer->id, sizeof(id));
 	peer->fds.file = -1; /* stays open until the lock is given back */
 	ksm_scanner_fini(&member->scanner);
 	ksm_exchange_close(&member->exchange, peer, true);

@@ -62,7 +62,7 @@ void ksm_member_leave(struct ksm_member *member);
  */
 bool ksm_member_user_has_changed(const struct ksm_member *member);
 int ksm_member_follow_user(struct ksm_member *member);
-/* By name, but not to be had when the scanner started (a displaced handler): try again. */
+/* No barrier could be had when the scanner started (a displaced handler, no descriptor left), or no park: try again. */
 void ksm_member_retry_barrier(struct ksm_member *member);
 /* Prepare a seat for the child of a fork. */
 int ksm_member_prepare_child(struct ksm_member *member);
@@ -77,8 +77,10 @@ void ksm_member_fork_prepare(struct ksm_member *member);
 void ksm_member_forget_table(struct ksm_member *member);
 void ksm_member_fork_parent(struct ksm_member *member);
 void ksm_member_fork_child(struct ksm_member *member);
-/* The new scanner has its own copies: close the program's, those that still are what they were; ours: not the
- * caller's, as the store of a named object is. */
+/* The new scanner has its own copies of the seeds, or has failed with an error; resumes: it was not the first. MEMBER-4 */
+void ksm_member_started(struct ksm_member *member, bool resumes, int error);
+/* Close the seeds in the program's table, those that still are what they were; ours: not the caller's, as the store of
+ * a named object is. */
 void ksm_member_drop_seeds(struct ksm_member *member, bool ours);
 
 /* ---- shared by member.c and its parts ------------------------------------------------------------------ */

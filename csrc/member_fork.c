@@ -10,6 +10,7 @@
 #include "error.h"
 #include "os.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
@@ -21,7 +22,8 @@ static bool is_uffd(int fd)
 {
 	char path[48], target[48] = "";
 	snprintf(path, sizeof(path), "/proc/thread-self/fd/%d", fd);
-	return readlink(path, target, sizeof(target) - 1) > 0 && !strcmp(target, "anon_inode:[userfaultfd]");
+	return ksm_os_read_link(AT_FDCWD, path, target, sizeof(target)) > 0 &&
+	       !strcmp(target, "anon_inode:[userfaultfd]");
 }
 
 static bool seed_is_good(const struct ksm_member *member, int seed, int fd)
@@ -44,6 +46,13 @@ static int take_seed(struct ksm_member *member, enum ksm_seed seed)
 	return -1;
 }
 
+/* Is it still the file it was? 0; KSM_ELOST: no; -EIO: nobody can say now. */
+static int check_same(const struct ksm_member *member, int seed, int fd)
+{
+	uint64_t inode = ksm_member_inode(fd);
+	return !inode ? -EIO : inode == member->inodes[seed] ? 0 : KSM_ELOST;
+}
+
 /* By path, if what is there is still the same. */
 static int reopen_rendezvous(struct ksm_member *member)
 {
@@ -54,10 +63,12 @@ static int reopen_rendezvous(struct ksm_member *member)
 	int r = ksm_rendezvous_open(&member->options, false, &rendezvous);
 	if (r)
 		return r;
-	if (ksm_member_inode(rendezvous.directory) != member->inodes[KSM_SEED_DIRECTORY] ||
-	    ksm_member_inode(rendezvous.file) != member->inodes[KSM_SEED_FILE]) {
+	r = check_same(member, KSM_SEED_DIRECTORY, rendezvous.directory);
+	if (!r)
+		r = check_same(member, KSM_SEED_FILE, rendezvous.file);
+	if (r) {
 		ksm_rendezvous_close(&rendezvous);
-		return KSM_ELOST;
+		return r;
 	}
 	ksm_os_close(peer->fds.directory);
 	ksm_os_close(peer->fds.file);
@@ -75,11 +86,13 @@ static int refetch(struct ksm_member *member)
 		return 0;
 	if (ksm_exchange_join(peer->fds.directory, peer->fds.file, 500, &control, &store))
 		return KSM_ELOST;
-	if (ksm_member_inode(control) != member->inodes[KSM_SEED_CONTROL] ||
-	    ksm_member_inode(store) != member->inodes[KSM_SEED_STORE]) {
+	int r = check_same(member, KSM_SEED_CONTROL, control);
+	if (!r)
+		r = check_same(member, KSM_SEED_STORE, store);
+	if (r) {
 		ksm_os_close(control);
 		ksm_os_close(store);
-		return KSM_ELOST;
+		return r;
 	}
 	ksm_os_close(peer->fds.control);
 	ksm_os_close(peer->fds.store);
@@ -98,14 +111,16 @@ static int change_seat(struct ksm_member *member)
 		return r;
 	struct ksm_slot *from = peer->self;
 	ksm_merge_lock(peer);
-	ksm_seat_copy_bits(peer, &seat, &old);
-	ksm_peer_sit(peer, &seat);
-	memcpy(peer->self->counters, from->counters, sizeof(from->counters));
-	member->inodes[KSM_SEED_BITMAP] = ksm_member_inode(seat.bitmap_fd);
+	r = ksm_seat_copy_bits(peer, &seat, &old);
+	if (!r) {
+		ksm_peer_sit(peer, &seat);
+		memcpy(peer->self->counters, from->counters, sizeof(from->counters));
+		member->inodes[KSM_SEED_BITMAP] = ksm_member_inode(seat.bitmap_fd);
+	}
 	ksm_merge_unlock(peer);
 	ksm_fence_seqcst(); /* the new bits stand before the old lock goes */
-	ksm_seat_leave(&old);
-	return 0;
+	ksm_seat_leave(r ? &seat : &old);
+	return r;
 }
 
 int ksm_member_resume(struct ksm_member *member)
@@ -118,6 +133,7 @@ int ksm_member_resume(struct ksm_member *member)
 	peer->fds.control = take_seed(member, KSM_SEED_CONTROL);
 	peer->fds.store = take_seed(member, KSM_SEED_STORE);
 	peer->fds.pagemap = -1;
+	peer->fds.maps = -1;
 	peer->seat.bitmap_fd = take_seed(member, KSM_SEED_BITMAP);
 	peer->living_known = false;
 	int r = reopen_rendezvous(member);
@@ -126,8 +142,10 @@ int ksm_member_resume(struct ksm_member *member)
 	if (!r && peer->seat.bitmap_fd < 0)
 		r = change_seat(member);
 	int child = take_seed(member, KSM_SEED_CHILD);
-	if (!r && child >= 0) /* so that others can have it from us as long as the child has no scanner */
-		ksm_peer_attach_bitmap(peer, member->child_slot, child);
+	if (!r && child >= 0 && member->child_slot != KSM_NO_SLOT)
+		ksm_peer_attach_bitmap(peer, member->child_slot, child); /* from us, until the child scans */
+	else
+		ksm_os_close(child);
 	if (!r)
 		r = ksm_member_settle_in(member, take_seed(member, KSM_SEED_UFFD));
 	if (r)
@@ -148,11 +166,17 @@ int ksm_member_prepare_child(struct ksm_member *member)
 	seeds[KSM_SEED_BITMAP] = peer->seat.bitmap_fd;
 	seeds[KSM_SEED_UFFD] = member->scanner.barrier.uffd;
 	int r = ksm_seat_take(peer, true, &member->child);
+	if (!r) {
+		r = ksm_seat_make_room(peer, &member->child, ksm_load_acquire(&peer->seat.bitmap->high));
+		if (r)
+			ksm_seat_leave(&member->child);
+	}
 	if (r)
 		member->child = (struct ksm_seat){.slot = KSM_NO_SLOT, .bitmap_fd = -1};
+	member->child_slot = member->child.slot;
 	/* Without a child's bitmap our own stands in for it: seeds travel in order, without gaps. */
 	seeds[KSM_SEED_CHILD] = r ? peer->seat.bitmap_fd : member->child.bitmap_fd;
-	member->inodes[KSM_SEED_CHILD] = r ? 0 : ksm_member_inode(member->child.bitmap_fd);
+	member->inodes[KSM_SEED_CHILD] = ksm_member_inode(seeds[KSM_SEED_CHILD]);
 	return r;
 }
 
@@ -175,12 +199,17 @@ void ksm_member_fetch_seeds(struct ksm_member *member)
 void ksm_member_fork_prepare(struct ksm_member *member)
 {
 	struct ksm_peer *peer = &member->peer;
+	if (member->child.slot != KSM_NO_SLOT && ksm_seat_copy_bits(peer, &member->child, &peer->seat)) {
+		ksm_seat_unmap(&member->child);
+		member->child_slot = KSM_NO_SLOT;
+	}
 	if (member->child.slot == KSM_NO_SLOT) {
+		if (member->joined)
+			ksm_count(peer->self, KSM_FAILURES, 1);
 		if (peer->control && ksm_peer_refers(peer))
 			ksm_store_release(&peer->control->no_sweep, 1); /* MEMBER-2 */
 		return;
 	}
-	ksm_seat_copy_bits(peer, &member->child, &peer->seat);
 	struct ksm_slot *slot = ksm_peer_slot(peer, member->child.slot);
 	static const enum ksm_counter gauges[] = {KSM_PAGES_MERGED,    KSM_PAGES_BROKEN, KSM_PAGES_ZERO,
 						  KSM_FRAMES_REFERRED, KSM_VMAS_USED,    KSM_VMA_BUDGET};
@@ -196,7 +225,7 @@ static void forget_scanner(struct ksm_member *member, bool mapped)
 	if (mapped) {
 		ksm_merger_fini(&scanner->merger);
 		if (scanner->barrier.scratch)
-			munmap(scanner->barrier.scratch, (size_t)KSM_WINDOW_PAGES << KSM_PAGE_SHIFT);
+			ksm_os_unmap(scanner->barrier.scratch, (size_t)KSM_WINDOW_PAGES << KSM_PAGE_SHIFT);
 	}
 	scanner->merger.buffer = NULL;
 	memset(&scanner->barrier, 0, sizeof(scanner->barrier));
@@ -204,7 +233,7 @@ static void forget_scanner(struct ksm_member *member, bool mapped)
 	scanner->park.ready = false;
 	scanner->park.tasks = -1;
 	ksm_exchange_init(&member->exchange);
-	member->peer.fds = (struct ksm_descriptors){-1, -1, -1, -1, -1};
+	member->peer.fds = (struct ksm_descriptors){-1, -1, -1, -1, -1, -1};
 	member->peer.living_known = false;
 }
 
@@ -218,7 +247,6 @@ void ksm_member_forget_table(struct ksm_member *member)
 void ksm_member_fork_parent(struct ksm_member *member)
 {
 	ksm_member_forget_table(member);
-	member->child_slot = member->child.slot;
 	ksm_seat_unmap(&member->child); /* the child's copy of the mapping keeps its lock */
 }
 
@@ -227,23 +255,39 @@ void ksm_member_fork_child(struct ksm_member *member)
 	struct ksm_peer *peer = &member->peer;
 	forget_scanner(member, false);
 	ksm_peer_forget_descriptors(peer, false);
+	ksm_merge_lock_renew(peer);
+	if (member->child.slot == KSM_NO_SLOT) {
+		member->lost = true;
+		ksm_member_drop_seeds(member, true);
+		ksm_peer_sit_nowhere(peer);
+		return;
+	}
 	ksm_os_close(member->seeds[KSM_SEED_UFFD]); /* it acts on the parent's memory */
 	ksm_os_close(member->seeds[KSM_SEED_BITMAP]);
 	member->seeds[KSM_SEED_UFFD] = -1;
 	member->seeds[KSM_SEED_BITMAP] = member->seeds[KSM_SEED_CHILD];
 	member->inodes[KSM_SEED_BITMAP] = member->inodes[KSM_SEED_CHILD];
 	member->seeds[KSM_SEED_CHILD] = -1;
-	ksm_merge_lock_renew(peer);
-	if (member->child.slot == KSM_NO_SLOT) {
-		member->lost = true;
-		ksm_peer_sit_nowhere(peer);
-		return;
-	}
 	member->child.bitmap_fd = -1;
 	ksm_seat_keep(peer, &member->child);
 	ksm_peer_sit(peer, &member->child);
 	peer->self->pid = (int32_t)getpid();
 	member->child = (struct ksm_seat){.slot = KSM_NO_SLOT, .bitmap_fd = -1};
+}
+
+void ksm_member_started(struct ksm_member *member, bool resumes, int error)
+{
+	bool again = resumes && error && error != KSM_ELOST;
+	if (!again)
+		ksm_member_drop_seeds(member, resumes);
+	if (!resumes || !error)
+		return;
+	member->lost = !again;
+	ksm_member_forget_table(member);
+	ksm_merge_lock(&member->peer);
+	ksm_count(member->peer.self, KSM_FAILURES, 1);
+	ksm_store_relaxed(&member->peer.self->why_not, error);
+	ksm_merge_unlock(&member->peer);
 }
 
 void ksm_member_drop_seeds(struct ksm_member *member, bool ours)

@@ -41,16 +41,15 @@ static struct ksm_region *region_from(struct ksm_scanner *scanner, const char *b
 	return region;
 }
 
-static int restore_all(struct ksm_member *member)
+static int restore_round(struct ksm_member *member, struct ksm_restore_counts *counts)
 {
 	struct ksm_scanner *scanner = &member->scanner;
 	struct ksm_park *park = scanner->park.ready ? &scanner->park : NULL;
-	struct ksm_restore_counts counts = {0};
 	const char *base = NULL;
 	ksm_pageno page = 0;
 	int r = 0;
 	while (!r) {
-		ksm_merge_lock(&member->peer);
+		ksm_scan_lock(scanner);
 		struct ksm_region *region = region_from(scanner, base);
 		size_t used = region ? ksm_load_acquire(&region->used) : 0;
 		if (region && region->base != base) {
@@ -59,7 +58,7 @@ static int restore_all(struct ksm_member *member)
 		}
 		if (region && page < used)
 			r = ksm_restore(region, &scanner->barrier, park, page, KSM_MIN(used - page, (size_t)PIECE),
-					KSM_RESTORE_PARKED, &counts);
+					KSM_RESTORE_PARKED, counts);
 		ksm_merge_unlock(&member->peer);
 		if (!region)
 			break;
@@ -67,6 +66,22 @@ static int restore_all(struct ksm_member *member)
 		if (page >= used)
 			base = region->base + 1;
 	}
+	return r;
+}
+
+static int restore_all(struct ksm_member *member)
+{
+	struct ksm_restore_counts counts = {0};
+	uint64_t before;
+	int r;
+	bool all;
+	do {
+		before = counts.restored;
+		counts.broken = 0;
+		all = ksm_scan_rest(&member->scanner, NULL, NULL);
+		r = restore_round(member, &counts);
+		ksm_scan_rest_end(&member->scanner);
+	} while (!r && (!all || counts.broken) && counts.restored > before);
 	return r;
 }
 
@@ -81,6 +96,8 @@ static void swap(struct ksm_member *member, struct ksm_member *fresh, struct ksm
 	ksm_store_relaxed(&fresh->peer.self->why_not, member->scanner.barrier.ops ? 0 : member->scanner.barrier.error);
 	*old = *peer;
 	memcpy(peer, &fresh->peer, offsetof(struct ksm_peer, merge_mutex)); /* the locks stay */
+	ksm_peer_moved(old);
+	ksm_peer_moved(peer);
 	peer->vmas_used = old->vmas_used;
 	if (peer->fds.pagemap < 0) { /* opened by the old user, and of this process all the same */
 		peer->fds.pagemap = old->fds.pagemap;
@@ -113,7 +130,7 @@ int ksm_member_follow_user(struct ksm_member *member)
 	struct ksm_peer old;
 	if (member->child.slot != KSM_NO_SLOT)
 		return -EBUSY; /* USER-3 */
-	fresh = calloc(1, sizeof(*fresh));
+	fresh = ksm_os_allocate(sizeof(*fresh));
 	if (!fresh)
 		return -ENOMEM;
 	ksm_member_init(fresh, &member->options);

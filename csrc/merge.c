@@ -19,6 +19,10 @@
  * MERGE-6. A page that becomes read-only has its guard say so before the window closes: from then on a store faults.
  * MERGE-7. A broken page whose mapping still refers to its frame is given anonymous memory again while all threads are
  *          parked, and only then: a direct transfer may be under way to it, which nothing else keeps out.
+ * MERGE-8. Nothing is merged where the kernel might have to kill somebody for it. A stretch takes memory before it gives
+ *          any back: frames, and the buffer; both must fit into what the control groups allow, with room to spare
+ *          (headroom.c). Near the limit stretches are short, so that little is taken at a time and soon more is free; at
+ *          the limit nothing is looked at.
  *
  * Runs under the merge lock, in the scanner's thread, a stretch at a time.
  */
@@ -30,6 +34,7 @@
 #include "os.h"
 #include "page.h"
 #include "restore.h"
+#include "survey.h"
 
 #include <errno.h>
 #include <string.h>
@@ -50,6 +55,9 @@ int ksm_merger_init(struct ksm_merger *merger, struct ksm_peer *peer, struct ksm
 	merger->frozen = (struct ksm_barrier){.uffd = -1, .error = -ENOSYS};
 	merger->park = park;
 	merger->buffer = buffer;
+	peer->own[KSM_OWN_BUFFER] = (struct ksm_range){buffer, KSM_STRETCH * KSM_PAGE_SIZE};
+	ksm_headroom_init(&merger->headroom, NULL, NULL);
+	ksm_headroom_init(&merger->tight, NULL, NULL);
 	ksm_merger_set_budget(merger);
 	return 0;
 }
@@ -57,7 +65,7 @@ int ksm_merger_init(struct ksm_merger *merger, struct ksm_peer *peer, struct ksm
 void ksm_merger_set_budget(struct ksm_merger *merger)
 {
 	uint64_t most = ksm_os_max_map_count();
-	uint64_t all = ksm_os_count_maps(), ours = (uint64_t)KSM_MAX(merger->peer->vmas_used, 0);
+	uint64_t all = ksm_os_count_maps(), ours = (uint64_t)KSM_MAX(ksm_load_relaxed(&merger->peer->vmas_used), 0);
 	uint64_t others = all > ours ? all - ours : 0, reserve = most / 8; /* for what the program may still map */
 	uint64_t left = most > others + reserve ? most - others - reserve : 0;
 	merger->vma_budget = KSM_MIN(most / 3, left);
@@ -70,7 +78,7 @@ void ksm_merger_fini(struct ksm_merger *merger)
 {
 	ksm_barrier_destroy(&merger->frozen);
 	if (merger->buffer)
-		munmap(merger->buffer, KSM_STRETCH * KSM_PAGE_SIZE);
+		ksm_os_unmap(merger->buffer, KSM_STRETCH * KSM_PAGE_SIZE);
 	merger->buffer = NULL;
 }
 
@@ -134,9 +142,23 @@ static void read_run(struct ksm_merger *m, size_t i, size_t n)
 	int r = ksm_frame_read(m->peer, m->targets[i], n, ksm_merger_copy(m, i));
 	if (r)
 		ksm_count(m->peer->self, KSM_FAILURES, 1);
-	for (size_t j = i; j < i + n; j++)
-		if (r || !ksm_page_equal(ksm_merger_page(m, j), ksm_merger_copy(m, j)))
+	for (size_t j = i; j < i + n; j++) {
+		const char *bytes = r ? NULL : ksm_merger_bytes(m, j);
+		if (!bytes || !ksm_page_equal(bytes, ksm_merger_copy(m, j)))
 			ksm_merge_let_go(m, j);
+	}
+}
+
+/* FRAME-1, where the peer epoch was scribbled over: before frames are written, the living are listed again. */
+static void check_newcomers(struct ksm_merger *m)
+{
+	if (!memchr(m->promoted, true, m->count) || ksm_peer_nobody_came(m->peer))
+		return;
+	for (size_t i = 0; i < m->count; i++)
+		if (m->verdicts[i] == KSM_MERGE_MAP && m->promoted[i])
+			ksm_merge_let_go(m, i);
+	m->peer->living_known = false;
+	ksm_merger_why_not(m, -EAGAIN);
 }
 
 static void fetch(struct ksm_merger *m)
@@ -145,10 +167,11 @@ static void fetch(struct ksm_merger *m)
 	for (size_t i = 0; i < m->count; i++) {
 		if (m->verdicts[i] != KSM_MERGE_MAP || !m->promoted[i])
 			continue;
-		memcpy(ksm_merger_copy(m, i), ksm_merger_page(m, i), KSM_PAGE_SIZE);
-		if (ksm_page_digest(ksm_merger_copy(m, i)) != m->digests[i])
+		int r = ksm_survey_read(m->region, m->first + i, ksm_merger_copy(m, i));
+		if (r || ksm_page_digest(ksm_merger_copy(m, i)) != m->digests[i])
 			ksm_merge_let_go(m, i); /* changed meanwhile */
 	}
+	check_newcomers(m);
 	memcpy(written, m->promoted, sizeof(written));
 	for (size_t i = 0, n; i < m->count; i += n ? n : 1) {
 		n = run_at(m, i);
@@ -163,6 +186,27 @@ static void fetch(struct ksm_merger *m)
 		if (n && !written[i])
 			read_run(m, i, n);
 	}
+}
+
+/* ---- headroom --------------------------------------------------------------------------------------------- */
+
+uint64_t ksm_merger_spare(const struct ksm_merger *m)
+{
+	return (m->peer->living_count + 4) * KSM_STRETCH * KSM_PAGE_SIZE; /* a stretch of each peer's, and some more */
+}
+
+/* Is there room for a stretch of so many pages, of each peer's, and some more? */
+static bool has_room(const struct ksm_merger *m, struct ksm_headroom *headroom, size_t pages)
+{
+	uint64_t nbytes = 2 * pages * KSM_PAGE_SIZE; /* frames, and their copies in the buffer */
+	return !ksm_headroom_check(headroom, nbytes, (m->peer->living_count + 4) * nbytes);
+}
+
+size_t ksm_merger_stretch(struct ksm_merger *m)
+{
+	if (has_room(m, &m->headroom, KSM_STRETCH))
+		return KSM_STRETCH;
+	return has_room(m, &m->tight, KSM_STRETCH_TIGHT) ? KSM_STRETCH_TIGHT : 0;
 }
 
 /* ---- the budget of mappings ------------------------------------------------------------------------------ */
@@ -230,9 +274,32 @@ static size_t give_neighbourhood(struct ksm_merger *m, size_t i, size_t n)
 	return all ? end : i + n;
 }
 
+bool ksm_merger_note_worn(struct ksm_merger *m, const struct ksm_region *region, ksm_pageno first, size_t count)
+{
+	struct ksm_worn_run *last = m->run_count ? &m->runs[m->run_count - 1] : NULL;
+	if (last && last->region == region && last->first + last->count == first) {
+		last->count += count;
+		return true;
+	}
+	if (m->run_count == KSM_WORN_RUNS)
+		return false; /* the next pass finds them again */
+	m->runs[m->run_count++] = (struct ksm_worn_run){region, ksm_region_page(region, first), first, count, false};
+	return true;
+}
+
+static void note_all_worn(struct ksm_merger *m)
+{
+	for (size_t i = 0, n; i < m->count; i += n ? n : 1) {
+		for (n = 0; i + n < m->count && m->worn[i + n];)
+			n++;
+		if (n && !ksm_merger_note_worn(m, m->region, m->first + i, n))
+			return;
+	}
+}
+
 static void give_back(struct ksm_merger *m)
 {
-	uint64_t used = (uint64_t)KSM_MAX(m->peer->vmas_used, 0), given = 0;
+	uint64_t used = (uint64_t)KSM_MAX(m->peer->vmas_used + m->runs_cost, 0), before = used, given = 0;
 	bool any = false;
 	for (size_t i = 0; i < m->count;) {
 		size_t n = 0;
@@ -254,6 +321,11 @@ static void give_back(struct ksm_merger *m)
 		any |= m->worn[i];
 	if (!any)
 		return;
+	if (ksm_must_rest(m->region, m->barrier)) {
+		note_all_worn(m);
+		m->runs_cost += (int64_t)(used - before);
+		return;
+	}
 	int r = ksm_give_back(m->region, m->barrier, m->park, m->first, m->count, m->worn, m->buffer, &given);
 	if (r)
 		ksm_merger_why_not(m, r);
@@ -299,7 +371,7 @@ static void prepare_handling(struct ksm_merger *m)
 void ksm_merge_stretch(struct ksm_merger *merger, struct ksm_region *region, ksm_pageno first, size_t count, bool force,
 		       struct ksm_merge_counts *counts)
 {
-	ksm_assert(count <= KSM_STRETCH && first + count <= region->room);
+	ksm_ensure(count <= KSM_STRETCH && first < region->room && count <= region->room - first);
 	merger->region = region;
 	merger->first = first;
 	merger->count = count;
@@ -316,6 +388,7 @@ void ksm_merge_stretch(struct ksm_merger *merger, struct ksm_region *region, ksm
 		fetch(merger);
 		ksm_merge_windows(merger);
 	}
+	ksm_ensure(!merger->barrier->pages && !merger->frozen.pages); /* BARRIER-4 */
 	if (merger->park)
 		give_back(merger);
 	ksm_count(merger->peer->self, KSM_PAGES_SKIPPED, (int64_t)(counts->skipped - skipped));

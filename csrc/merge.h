@@ -6,10 +6,12 @@
 #define KSM_MERGE_H
 
 #include "barrier.h"
+#include "headroom.h"
 #include "park.h"
 #include "region.h"
 
 #define KSM_STRETCH KSM_WINDOW_PAGES /* pages looked at together */
+#define KSM_STRETCH_TIGHT 8          /* … near the limit of a control group */
 
 /* What happened to a page in the stretch at hand. */
 enum ksm_merge_verdict {
@@ -24,6 +26,17 @@ struct ksm_merge_counts {
 	int32_t why_not; /* code of the last thing that kept a page from merging, or 0 */
 };
 
+#define KSM_WORN_RUNS 128
+
+/* Broken pages that are to be given anonymous memory. */
+struct ksm_worn_run {
+	const struct ksm_region *region; /* maybe gone: not to be looked into before it has been found in the list */
+	char *at;
+	ksm_pageno first;
+	size_t count;
+	bool held;
+};
+
 /* The scanner's work place: one a peer. */
 struct ksm_merger {
 	struct ksm_peer *peer;
@@ -32,11 +45,16 @@ struct ksm_merger {
 	struct ksm_barrier frozen; /* for pages that are frozen; made when there are some */
 	struct ksm_park *park;     /* NULL: none, so broken pages stay where they are */
 	uint64_t passes;           /* of the background, so far */
+	bool again;                /* in this pass pages that were refused are tried once more */
 	int handled;               /* 0: a store into a read-only page is answered; of the stretch at hand */
 	uint64_t vma_budget;
-	uint32_t budget_round; /* raised when the budget is set anew */
-	int64_t grants_left;   /* of it, for breaks by our handler */
-	char *buffer;          /* KSM_STRETCH pages: copies of the frames to be compared with */
+	uint32_t budget_round;                   /* raised when the budget is set anew */
+	int64_t grants_left;                     /* of it, for breaks by our handler */
+	char *buffer;                            /* KSM_STRETCH pages: copies of the frames to be compared with */
+	struct ksm_worn_run runs[KSM_WORN_RUNS]; /* found in this pass, where they have to rest first: scan_rest.c */
+	size_t run_count;
+	int64_t runs_cost;                   /* mappings, if all are given back */
+	struct ksm_headroom headroom, tight; /* for whole stretches, and for short ones */
 	/* the stretch at hand */
 	struct ksm_region *region;
 	ksm_pageno first;
@@ -48,8 +66,9 @@ struct ksm_merger {
 	ksm_frameno targets[KSM_STRETCH];
 	bool promoted[KSM_STRETCH];
 	uint8_t verdicts[KSM_STRETCH];
-	bool is_frozen[KSM_STRETCH]; /* when it was looked at: a store may thaw it at any time */
-	bool worn[KSM_STRETCH];      /* broken for a while: to be given anonymous memory again */
+	bool is_frozen[KSM_STRETCH];                       /* when it was looked at: a store may thaw it at any time */
+	bool worn[KSM_STRETCH];                            /* broken for a while: to be given anonymous memory again */
+	uint64_t mirror[KSM_PAGE_SIZE / sizeof(uint64_t)]; /* of one page of registered memory */
 };
 
 static inline char *ksm_merger_page(const struct ksm_merger *merger, size_t i)
@@ -74,6 +93,14 @@ static inline char *ksm_merger_copy(const struct ksm_merger *merger, size_t i)
 	return merger->buffer + i * KSM_PAGE_SIZE;
 }
 
+/* How many pages may be looked at together now: KSM_STRETCH, KSM_STRETCH_TIGHT, or 0: there is no room (MERGE-8). */
+size_t ksm_merger_stretch(struct ksm_merger *merger);
+/* Bytes that must stay free beside what is about to be used: others, and our own bookkeeping, use memory meanwhile. */
+uint64_t ksm_merger_spare(const struct ksm_merger *merger);
+
+/* Its bytes now, for reading: in place or, of registered memory, in a mirror that is good until the next call; NULL if they
+ * cannot be read. */
+const char *ksm_merger_bytes(struct ksm_merger *merger, size_t i);
 /* Could page i be merged now? 0, or the code of what is against it. */
 int ksm_merger_ready(const struct ksm_merger *merger, size_t i);
 
@@ -82,6 +109,8 @@ bool ksm_merge_look(struct ksm_merger *merger);
 /* A step of ksm_merge_stretch(): targets for the pages marked LOOK; they become MAP or LEAVE. */
 void ksm_merge_find(struct ksm_merger *merger);
 
+/* Note [first, first + count) among the worn runs. false: there is no room. */
+bool ksm_merger_note_worn(struct ksm_merger *merger, const struct ksm_region *region, ksm_pageno first, size_t count);
 /* Give the target of page i back: it will not be mapped. */
 void ksm_merge_let_go(struct ksm_merger *merger, size_t i);
 /* A step of ksm_merge_stretch(): the pages that are MAP or DROP, in windows. */

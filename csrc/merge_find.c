@@ -42,12 +42,33 @@ static bool is_repeated(const struct ksm_merger *m, size_t i)
 	return false;
 }
 
+/*
+ * No frame can be had for a page that was claimed: it is a candidate like others. That is news once only, or nobody would ever
+ * be done while there is such a page.
+ */
+static void stay_candidate(struct ksm_merger *m, size_t i)
+{
+	ksm_pageno page = m->first + i;
+	bool is_news = ksm_region_state(m->region, page) != KSM_PAGE_CANDIDATE ||
+		       ksm_region_digest(m->region, page) != m->digests[i];
+	ksm_candidate_release(m->index, m->peer, m->digests[i], ksm_merger_page(m, i), is_news);
+	ksm_region_move(m->region, page, KSM_PAGE_CANDIDATE, m->digests[i]);
+}
+
 static bool try_promote(struct ksm_merger *m, size_t i)
 {
 	uint64_t digest = m->digests[i];
 	ksm_frameno left = left_frame(m, i), frame;
 	if (is_repeated(m, i)) /* it will find the other's frame */
 		return false;
+	/* Whatever may be missing, it is not found out after the claim, which takes the place of the other's word. */
+	int r = ksm_peer_refresh_if_changed(m->peer);
+	if (!r)
+		r = ksm_index_make_room(m->index, m->peer, digest);
+	if (r) {
+		ksm_merger_why_not(m, r);
+		return false;
+	}
 	if (!ksm_candidate_claim(m->index, m->peer, digest, ksm_merger_page(m, i)))
 		return false;
 	frame = ksm_index_take(m->index, m->peer, digest, KSM_NO_FRAME); /* written since we looked? */
@@ -57,9 +78,9 @@ static bool try_promote(struct ksm_merger *m, size_t i)
 		return true;
 	}
 	ksm_frameno want = left != KSM_NO_FRAME ? left + 1 : ksm_region_home(m->region, m->first + i);
-	int r = ksm_frame_alloc(m->peer, want, &frame);
+	r = ksm_frame_alloc(m->peer, want, &frame);
 	if (r) {
-		ksm_candidate_unclaim(m->index, m->peer, digest, ksm_merger_page(m, i));
+		stay_candidate(m, i);
 		ksm_merger_why_not(m, r);
 		return false;
 	}
@@ -105,5 +126,11 @@ void ksm_merge_find(struct ksm_merger *m)
 		bool found = find_target(m, i);
 		m->verdicts[i] = found ? KSM_MERGE_MAP : KSM_MERGE_LEAVE;
 		m->counts->unshared += !found;
+	}
+	int denied = m->peer->book.error; /* to look something up, or to say what we have */
+	if (denied) {
+		m->peer->book.error = 0;
+		ksm_merger_why_not(m, denied);
+		ksm_count(m->peer->self, KSM_FAILURES, 1);
 	}
 }

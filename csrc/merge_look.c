@@ -15,8 +15,10 @@
 #include "merge.h"
 
 #include "dirty.h"
+#include "error.h"
 #include "os.h"
 #include "page.h"
+#include "survey.h"
 
 #define BLIND_EVERY 16 /* passes between two comparisons of merged pages with their frames */
 
@@ -30,6 +32,13 @@ static int see_kinds(struct ksm_merger *m)
 	if (!is_blind(m))
 		return ksm_os_pagemap(m->peer->fds.pagemap, ksm_merger_page(m, 0), m->count, m->kinds);
 	return ksm_os_resident(ksm_merger_page(m, 0), m->count, m->kinds);
+}
+
+const char *ksm_merger_bytes(struct ksm_merger *m, size_t i)
+{
+	if (!m->region->registered)
+		return ksm_merger_page(m, i);
+	return ksm_survey_read(m->region, m->first + i, m->mirror) ? NULL : (const char *)m->mirror;
 }
 
 /* ---- pages mapped to frames -------------------------------------------------------------------------------- */
@@ -46,9 +55,11 @@ static void compare_with_frames(struct ksm_merger *m, size_t i, size_t n)
 	char *copy = ksm_merger_copy(m, i);
 	if (ksm_frame_read(m->peer, ksm_region_frame(m->region, m->first + i), n, copy))
 		return;
-	for (size_t j = 0; j < n; j++)
-		if (!ksm_page_equal(ksm_merger_page(m, i + j), copy + j * KSM_PAGE_SIZE))
+	for (size_t j = 0; j < n; j++) {
+		const char *bytes = ksm_merger_bytes(m, i + j);
+		if (bytes && !ksm_page_equal(bytes, copy + j * KSM_PAGE_SIZE))
 			became_broken(m, i + j);
+	}
 }
 
 static bool is_unguarded(const struct ksm_merger *m, size_t i)
@@ -111,7 +122,8 @@ static bool look_at_dropped(struct ksm_merger *m, size_t i)
 	bool private = (kind & KSM_PAGE_SWAPPED) || ((kind & KSM_PAGE_PRESENT) && !(kind & KSM_PAGE_FILE));
 	if (!private || (kind & KSM_PAGE_SHARED))
 		return false;
-	if (is_blind(m) && ksm_page_is_zero(ksm_merger_page(m, i)))
+	const char *bytes = is_blind(m) ? ksm_merger_bytes(m, i) : NULL;
+	if (bytes && ksm_page_is_zero(bytes))
 		return false; /* read since, perhaps: the kernel's own page of zeros */
 	ksm_region_move(m->region, m->first + i, KSM_PAGE_UNKNOWN, 0);
 	return true;
@@ -137,7 +149,12 @@ static void look_at_private(struct ksm_merger *m, size_t i)
 		m->counts->skipped += (kind & (KSM_PAGE_SWAPPED | KSM_PAGE_FILE | KSM_PAGE_SHARED)) != 0;
 		return;
 	}
-	uint64_t digest = ksm_page_digest(ksm_merger_page(m, i));
+	const char *bytes = ksm_merger_bytes(m, i);
+	if (!bytes) { /* its owner has protected it, or unmapped it this very moment */
+		m->counts->skipped++;
+		return;
+	}
+	uint64_t digest = ksm_page_digest(bytes);
 	enum ksm_dirty dirty = ksm_dirty_query(m->region, page, digest);
 	m->counts->scanned++;
 	m->digests[i] = digest;
@@ -148,6 +165,8 @@ static void look_at_private(struct ksm_merger *m, size_t i)
 		ksm_region_move(m->region, page, KSM_PAGE_SEEN, digest);
 		if (!m->force)
 			return;
+	} else if (state == KSM_PAGE_REFUSED && m->again) {
+		ksm_region_move(m->region, page, KSM_PAGE_SEEN, digest); /* pins end, and nothing tells */
 	} else if (state == KSM_PAGE_REFUSED && !m->force) {
 		m->counts->skipped++;
 		return;
@@ -158,7 +177,7 @@ static void look_at_private(struct ksm_merger *m, size_t i)
 		m->counts->skipped++;
 		return;
 	}
-	m->verdicts[i] = ksm_page_is_zero(ksm_merger_page(m, i)) ? KSM_MERGE_DROP : KSM_MERGE_LOOK;
+	m->verdicts[i] = ksm_page_is_zero(bytes) ? KSM_MERGE_DROP : KSM_MERGE_LOOK;
 }
 
 bool ksm_merge_look(struct ksm_merger *m)
@@ -170,7 +189,19 @@ bool ksm_merge_look(struct ksm_merger *m)
 		return false;
 	}
 	ksm_region_count_breaks(m->region);
+	uint8_t found[KSM_STRETCH];
+	if (!m->region->gone)
+		ksm_survey_roughly(m->region, m->first, m->count, found);
+	if (m->region->gone || ksm_survey_give_up(m->region, m->first, m->count, found)) {
+		ksm_merger_why_not(m, KSM_EMEMORY);
+		return false;
+	}
 	for (size_t i = 0; i < m->count; i++) {
+		if (found[i] != KSM_SURVEY_OURS) {
+			ksm_merger_why_not(m, KSM_EMEMORY);
+			m->counts->skipped++;
+			continue;
+		}
 		m->is_frozen[i] = (ksm_region_guard_of(m->region, m->first + i) & KSM_GUARD_FROZEN) != 0;
 		switch (ksm_region_state(m->region, m->first + i)) {
 		case KSM_PAGE_MERGED:

@@ -13,6 +13,7 @@
 #include "error.h"
 #include "os.h"
 #include "page.h"
+#include "survey.h"
 
 #include <errno.h>
 #include <string.h>
@@ -59,6 +60,8 @@ static void map_run(struct ksm_merger *m, struct ksm_barrier *window, size_t i, 
 	ksm_pageno page = m->first + i + j;
 	uint64_t offset = (uint64_t)m->targets[i + j] << KSM_PAGE_SHIFT;
 	uint8_t was[KSM_STRETCH];
+	for (size_t k = 0; k < run; k++) /* MERGE-2: of a frame that nobody refers to the bytes are gone tomorrow */
+		ksm_ensure(m->targets[i + j + k] < m->peer->layout.frames && m->peer->counts[m->targets[i + j + k]]);
 	for (size_t k = 0; guard && k < run; k++)
 		was[k] = ksm_guard_get(guard, page + k);
 	if (guard && !writable)
@@ -75,14 +78,31 @@ static bool is_wanted(const struct ksm_merger *m, size_t i)
 	return m->verdicts[i] == KSM_MERGE_MAP || m->verdicts[i] == KSM_MERGE_DROP;
 }
 
+static bool is_in_place(const struct ksm_barrier *window)
+{
+	return window->view == window->at;
+}
+
+/* Inside the window: what page j of it holds, or NULL. */
+static const char *seen_in_window(struct ksm_merger *m, struct ksm_barrier *window, size_t i, size_t j,
+				  const uint8_t *found)
+{
+	if (found[j] == KSM_SURVEY_GONE)
+		ksm_window_give_up(window, j);
+	if (found[j] != KSM_SURVEY_OURS)
+		return NULL;
+	return is_in_place(window) ? ksm_merger_bytes(m, i + j) : window->view + j * KSM_PAGE_SIZE;
+}
+
 /* Inside the window: MERGE-1. Pages [i, i + n) of the stretch are pages [0, n) of the window. */
 static void decide(struct ksm_merger *m, struct ksm_barrier *window, size_t i, size_t n)
 {
-	const char *view = window->view;
+	uint8_t found[KSM_STRETCH];
 	bool equal[KSM_STRETCH];
+	ksm_survey(m->region, m->first + i, n, found);
 	for (size_t j = 0; j < n; j++) {
-		const char *page = view + j * KSM_PAGE_SIZE;
-		equal[j] = is_wanted(m, i + j) &&
+		const char *page = seen_in_window(m, window, i, j, found);
+		equal[j] = page && is_wanted(m, i + j) &&
 			   (m->verdicts[i + j] == KSM_MERGE_DROP ? ksm_page_is_zero(page)
 								 : ksm_page_equal(page, ksm_merger_copy(m, i + j)));
 	}
@@ -153,20 +173,35 @@ static void refused(struct ksm_merger *m, size_t i, size_t n, int error)
 }
 
 /*
+ * Registered memory is looked at before anything is done to it; where a window covers what it does not touch, inside.
+ * Locked pages are left alone, for a new mapping would not be locked as the old one was. The kernel does not move them:
+ * there it says EINVAL by itself.
+ */
+static int try_window(struct ksm_merger *m, struct ksm_barrier *window, size_t i, size_t n)
+{
+	if (window->ops && !window->ops->in_place && !ksm_survey_is_ours(m->region, m->first + i, n))
+		return KSM_EMEMORY;
+	if (window->ops && window->ops->kind != KSM_BARRIER_MOVE &&
+	    ksm_survey_is_locked(ksm_merger_page(m, i), n * KSM_PAGE_SIZE))
+		return -EINVAL;
+	return ksm_window_open(window, ksm_merger_page(m, i), n);
+}
+
+/*
  * A page that was shared by a fork whose other side is gone is ours alone, but the kernel knows only after the next
  * write. Asking for write access writes nothing and tells it. Pinned pages stay refused.
  */
 static int open_window(struct ksm_merger *m, struct ksm_barrier *window, size_t i, size_t *n)
 {
 	char *at = ksm_merger_page(m, i);
-	int r = ksm_window_open(window, at, *n);
-	if (window->ops->kind != KSM_BARRIER_MOVE)
-		return r;
-	if (r == -EBUSY && !ksm_os_advise(at, *n * KSM_PAGE_SIZE, KSM_POPULATE_WRITE))
-		r = ksm_window_open(window, at, *n);
-	while (r == -EINVAL && *n > 1) { /* two mappings: pages move within one */
+	window->foreign = m->region->registered;
+	int r = try_window(m, window, i, *n);
+	if (r == -EBUSY && window->ops->kind == KSM_BARRIER_MOVE &&
+	    !ksm_os_advise(at, *n * KSM_PAGE_SIZE, KSM_POPULATE_WRITE))
+		r = try_window(m, window, i, *n);
+	while (r == -EINVAL && *n > 1) { /* two mappings: pages move within one; or some of it is locked */
 		*n = (*n + 1) / 2;
-		r = ksm_window_open(window, at, *n);
+		r = try_window(m, window, i, *n);
 	}
 	return r;
 }

@@ -6,17 +6,17 @@
  * pagemap) and os_socket.c, and nowhere else. A function here makes one call, retries
  * EINTR, and returns 0 or a negative errno; there is no policy and no state.
  *
- * In a build with KSM_FAULTS each of them first asks a table whether it should fail instead. The tests
- * walk that table: every step of a merge and of its put-back, at every call number.
+ * In a build with KSM_FAULTS each of them first asks a table whether it should fail instead (os_fault.c). The tests walk
+ * that table, at every call number. What has no place in it cannot fail: clocks, sleeps, a thread's own number, waking
+ * somebody, closing.
  *
  * Callable from any thread; none of it takes a lock.
  */
 #include "os.h"
 
-#include "atomic.h"
-
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -36,54 +36,16 @@
 #define PR_SET_VMA 0x53564d41
 #define PR_SET_VMA_ANON_NAME 0
 #endif
-
-/* ---- faults on demand -------------------------------------------------------------------------- */
-
-#ifdef KSM_FAULTS
-static struct {
-	uint32_t calls, skip, count;
-	int error;
-} faults[KSM_OS_CALL_COUNT];
-
-void ksm_os_fault_set(enum ksm_os_call call, uint32_t skip, uint32_t count, int error)
-{
-	faults[call].error = error;
-	ksm_store_release(&faults[call].calls, 0);
-	ksm_store_release(&faults[call].skip, skip);
-	ksm_store_release(&faults[call].count, count);
-}
-
-void ksm_os_fault_clear(void)
-{
-	for (int call = 0; call < KSM_OS_CALL_COUNT; call++)
-		ksm_os_fault_set(call, 0, 0, 0);
-}
-
-uint32_t ksm_os_fault_calls(enum ksm_os_call call)
-{
-	return ksm_load_acquire(&faults[call].calls);
-}
-
-int ksm_os_fault_(enum ksm_os_call call)
-{
-	uint32_t number = ksm_add_relaxed(&faults[call].calls, 1);
-	uint32_t count = ksm_load_acquire(&faults[call].count);
-	uint32_t skip = ksm_load_acquire(&faults[call].skip);
-	return count && number >= skip && number - skip < count ? faults[call].error : 0;
-}
-
-const char *ksm_os_call_name(enum ksm_os_call call)
-{
-	static const char *const names[] = {
-#define KSM_OS_CALL_NAME(name) #name,
-		KSM_OS_CALLS(KSM_OS_CALL_NAME)
-#undef KSM_OS_CALL_NAME
-	};
-	return names[call];
-}
-#endif
+#define MADV_POPULATE_WRITE_ 23 /* Linux 5.14 */
+#define CLOSE_RANGE_UNSHARE_ 2u /* linux/close_range.h; Linux 5.9 */
 
 /* ---- memory ------------------------------------------------------------------------------------ */
+
+/* Why there is no mapping. EAGAIN: all of it would be locked, and RLIMIT_MEMLOCK is reached; that is not "try again". */
+static int no_mapping(void)
+{
+	return errno == EAGAIN ? -ENOMEM : -errno;
+}
 
 int ksm_os_map_anon(void *at, size_t nbytes, bool fixed, bool reserve, void **out)
 {
@@ -91,7 +53,7 @@ int ksm_os_map_anon(void *at, size_t nbytes, bool fixed, bool reserve, void **ou
 	int flags = MAP_PRIVATE | MAP_ANONYMOUS | (fixed ? MAP_FIXED : 0) | (reserve || fixed ? MAP_NORESERVE : 0);
 	void *p = mmap(at, nbytes, reserve ? PROT_NONE : PROT_READ | PROT_WRITE, flags, -1, 0);
 	if (p == MAP_FAILED)
-		return -errno;
+		return no_mapping();
 	if (out)
 		*out = p;
 	return 0;
@@ -113,7 +75,7 @@ int ksm_os_map_frames(void *at, size_t nbytes, int store, uint64_t offset, bool 
 	KSM_FAULT(MAP_FRAMES);
 	int access = writable ? PROT_READ | PROT_WRITE : PROT_READ;
 	void *p = mmap(at, nbytes, access, MAP_PRIVATE | MAP_FIXED, store, (off_t)offset);
-	return p == MAP_FAILED ? -errno : 0;
+	return p == MAP_FAILED ? no_mapping() : 0;
 }
 
 int ksm_os_map_shared(int fd, size_t nbytes, bool writable, void **out)
@@ -122,15 +84,14 @@ int ksm_os_map_shared(int fd, size_t nbytes, bool writable, void **out)
 	/* In two steps: under mlockall(MCL_FUTURE) a readable mapping of a sparse file would be filled at once. */
 	void *p = mmap(NULL, nbytes, PROT_NONE, MAP_SHARED, fd, 0);
 	if (p == MAP_FAILED)
-		return -errno;
+		return no_mapping();
 	munlock(p, nbytes);
-	if (mprotect(p, nbytes, writable ? PROT_READ | PROT_WRITE : PROT_READ)) {
-		int error = -errno;
+	int r = ksm_os_protect(p, nbytes, writable);
+	if (r)
 		munmap(p, nbytes);
-		return error;
-	}
-	*out = p;
-	return 0;
+	else
+		*out = p;
+	return r;
 }
 
 int ksm_os_unmap(void *at, size_t nbytes)
@@ -155,7 +116,39 @@ int ksm_os_remap(void *from, void *to, size_t nbytes)
 {
 	KSM_FAULT(REMAP);
 	void *p = mremap(from, nbytes, nbytes, MREMAP_MAYMOVE | MREMAP_FIXED, to);
-	return p == MAP_FAILED ? -errno : 0;
+	return p == MAP_FAILED ? no_mapping() : 0;
+}
+
+/* Before Linux 5.14: the kernel reads a word of each page, which has it there too, for a call that it then refuses. */
+static int let_kernel_read(const char *at, size_t nbytes)
+{
+	for (size_t done = 0; done < nbytes; done += KSM_PAGE_SIZE) {
+		syscall(SYS_rt_sigprocmask, INT_MAX, at + done, NULL, sizeof(uint64_t));
+		if (errno == EFAULT)
+			return -ENOMEM;
+	}
+	return 0;
+}
+
+int ksm_os_populate(void *at, size_t nbytes)
+{
+	KSM_FAULT(POPULATE);
+	int r;
+	do
+		r = madvise(at, nbytes, MADV_POPULATE_WRITE_);
+	while (r && (errno == EINTR || errno == EAGAIN));
+	if (!r)
+		return 0;
+	if (errno == EINVAL)
+		return let_kernel_read(at, nbytes);
+	return errno == EFAULT ? -ENOMEM : -errno; /* EFAULT: it would have been SIGBUS */
+}
+
+void *ksm_os_allocate(size_t nbytes)
+{
+	if (KSM_FAULTED(ALLOCATE))
+		return NULL;
+	return calloc(1, nbytes);
 }
 
 void ksm_os_name_memory(void *at, size_t nbytes, const char *name)
@@ -168,7 +161,36 @@ void ksm_os_name_memory(void *at, size_t nbytes, const char *name)
 int ksm_os_unshare_files(void)
 {
 	KSM_FAULT(UNSHARE_FILES);
-	return unshare(CLONE_FILES) ? -errno : 0;
+	if (!unshare(CLONE_FILES))
+		return 0;
+	/* Containers' filters refuse unshare(2), whatever it is for. This closes nothing, in a table of our own. */
+	int error = -errno;
+	return syscall(SYS_close_range, UINT_MAX, UINT_MAX, CLOSE_RANGE_UNSHARE_) ? error : 0;
+}
+
+struct range {
+	unsigned first, last;
+	int listing;
+};
+
+static int close_in_range(unsigned number, void *context)
+{
+	const struct range *range = context;
+	if (number >= range->first && number <= range->last && (int)number != range->listing)
+		close((int)number);
+	return 0;
+}
+
+/* One by one, where a filter is older than close_range(2). */
+static int close_listed(unsigned first, unsigned last)
+{
+	char buffer[1024];
+	struct range range = {first, last, open("/proc/thread-self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC)};
+	if (range.listing < 0)
+		return -errno;
+	int r = ksm_os_list_numbers(range.listing, buffer, sizeof(buffer), close_in_range, &range);
+	close(range.listing);
+	return r;
 }
 
 int ksm_os_close_range(unsigned first, unsigned last)
@@ -176,7 +198,10 @@ int ksm_os_close_range(unsigned first, unsigned last)
 	KSM_FAULT(CLOSE_RANGE);
 	if (first > last)
 		return 0;
-	return syscall(SYS_close_range, first, last, 0) ? -errno : 0;
+	if (!syscall(SYS_close_range, first, last, 0))
+		return 0;
+	int error = -errno;
+	return (error == -ENOSYS || error == -EPERM) && !close_listed(first, last) ? 0 : error;
 }
 
 int ksm_os_random(void *to, size_t nbytes)
@@ -202,6 +227,12 @@ int ksm_os_thread(pthread_t *thread, const pthread_attr_t *attributes, void *(*f
 	return -pthread_create(thread, attributes, function, argument);
 }
 
+int ksm_os_thread_kick(pthread_t thread, int signal)
+{
+	KSM_FAULT(KICK);
+	return -pthread_kill(thread, signal);
+}
+
 int ksm_os_dumpable(void)
 {
 	return prctl(PR_GET_DUMPABLE);
@@ -215,10 +246,8 @@ uint64_t ksm_os_memory_bytes(void)
 
 uint64_t ksm_os_max_map_count(void)
 {
-	char text[32] = "";
-	int fd = open("/proc/sys/vm/max_map_count", O_RDONLY | O_CLOEXEC);
-	ssize_t n = fd >= 0 ? read(fd, text, sizeof(text) - 1) : -1;
-	ksm_os_close(fd);
+	char text[32];
+	int n = ksm_os_read_file(AT_FDCWD, "/proc/sys/vm/max_map_count", text, sizeof(text));
 	uint64_t count = n > 0 ? strtoull(text, NULL, 10) : 0;
 	return count ? count : 65530; /* the kernel's default */
 }
@@ -227,7 +256,7 @@ uint64_t ksm_os_count_maps(void)
 {
 	char text[4096];
 	uint64_t lines = 0;
-	int fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+	int fd = ksm_os_open(AT_FDCWD, "/proc/self/maps", O_RDONLY, 0);
 	for (ssize_t n; fd >= 0 && (n = read(fd, text, sizeof(text))) > 0;)
 		for (ssize_t i = 0; i < n; i++)
 			lines += text[i] == '\n';
@@ -239,6 +268,14 @@ uint64_t ksm_os_file_size_limit(void)
 {
 	struct rlimit limit;
 	if (getrlimit(RLIMIT_FSIZE, &limit) || limit.rlim_cur == RLIM_INFINITY)
+		return UINT64_MAX;
+	return limit.rlim_cur;
+}
+
+uint64_t ksm_os_address_limit(void)
+{
+	struct rlimit limit;
+	if (getrlimit(RLIMIT_AS, &limit) || limit.rlim_cur == RLIM_INFINITY)
 		return UINT64_MAX;
 	return limit.rlim_cur;
 }

@@ -9,6 +9,7 @@
 #define KSM_OS_H
 
 #include "base.h"
+#include "ksmalloc.h"
 
 #include <pthread.h>
 #include <signal.h>
@@ -25,6 +26,7 @@
 	X(PROTECT)                                                                                                     \
 	X(ADVISE)                                                                                                      \
 	X(REMAP)                                                                                                       \
+	X(POPULATE)                                                                                                    \
 	X(OPEN)                                                                                                        \
 	X(PREAD)                                                                                                       \
 	X(PWRITE)                                                                                                      \
@@ -48,8 +50,10 @@
 	X(UFFD_UNREGISTER)                                                                                             \
 	X(UFFD_MOVE)                                                                                                   \
 	X(UFFD_COPY)                                                                                                   \
+	X(UFFD_HAS)                                                                                                    \
 	X(UFFD_WAKE)                                                                                                   \
 	X(UFFD_PROTECT)                                                                                                \
+	X(UFFD_READ)                                                                                                   \
 	X(RESIDENT)                                                                                                    \
 	X(PAGEMAP_SCAN)                                                                                                \
 	X(SOCKET)                                                                                                      \
@@ -63,7 +67,20 @@
 	X(WORD_WAIT)                                                                                                   \
 	X(READ_LINK)                                                                                                   \
 	X(ATTRIBUTE)                                                                                                   \
-	X(COMPARE)
+	X(COMPARE)                                                                                                     \
+	X(ALLOCATE)                                                                                                    \
+	X(REOPEN)                                                                                                      \
+	X(LIFT)                                                                                                        \
+	X(SEEK)                                                                                                        \
+	X(SEALS)                                                                                                       \
+	X(UNLOCK)                                                                                                      \
+	X(LISTEN)                                                                                                      \
+	X(PEER_USER)                                                                                                   \
+	X(KICK)                                                                                                        \
+	X(UFFD_TRY)                                                                                                    \
+	X(SIGNAL_SELF)                                                                                                 \
+	X(MAP_QUERY)                                                                                                   \
+	X(READ_OWN)
 
 enum ksm_os_call {
 #define KSM_OS_CALL_ENUM(name) KSM_OS_##name,
@@ -76,10 +93,18 @@ enum ksm_os_call {
 /* Let calls number skip … skip + count - 1 of this kind, from now, return `error` (negative) without being made. */
 void ksm_os_fault_set(enum ksm_os_call call, uint32_t skip, uint32_t count, int error);
 void ksm_os_fault_clear(void);
-/* How often a kind was called since the last clear. */
+/* How often a kind was called since the last clear, and how often it was told to fail. */
 uint32_t ksm_os_fault_calls(enum ksm_os_call call);
-const char *ksm_os_call_name(enum ksm_os_call call);
+KSM_API uint32_t ksm_os_fault_hits(unsigned call);
+KSM_API const char *ksm_os_call_name(unsigned call);
+/* What the kernel may say when a call of this kind fails; negative. */
+const int *ksm_os_fault_errors(enum ksm_os_call call, size_t *count);
+/* Keep the books in memory that processes share: calls of a child are counted and fail as the parent's. NULL: how much. */
+size_t ksm_os_fault_share(void *shared);
+/* From now on one call in `one_in` fails by chance, of all kinds; 0: none. Also by the environment: see os_fault.c. */
+KSM_API void ksm_os_fault_random(uint64_t seed, uint32_t one_in);
 int ksm_os_fault_(enum ksm_os_call call);
+#define KSM_FAULTED(call) ksm_os_fault_(KSM_OS_##call)
 #define KSM_FAULT(call)                                                                                                \
 	do {                                                                                                           \
 		int fault_ = ksm_os_fault_(KSM_OS_##call);                                                             \
@@ -87,6 +112,7 @@ int ksm_os_fault_(enum ksm_os_call call);
 			return fault_;                                                                                 \
 	} while (0)
 #else
+#define KSM_FAULTED(call) 0
 #define KSM_FAULT(call) ((void)0)
 #endif
 
@@ -105,12 +131,19 @@ int ksm_os_protect(void *at, size_t nbytes, bool writable);
 int ksm_os_advise(void *at, size_t nbytes, int advice);
 /* Move [from, from + nbytes) with its pages over [to, to + nbytes). */
 int ksm_os_remap(void *from, void *to, size_t nbytes);
+/* Make sure of the pages of a shared, writable mapping of a sparse file, as a store would, but with an error (-ENOMEM)
+ * where that would end in SIGBUS. */
+int ksm_os_populate(void *at, size_t nbytes);
+/* Zeroed, for free(3); NULL: no memory. */
+void *ksm_os_allocate(size_t nbytes);
 void ksm_os_name_memory(void *at, size_t nbytes, const char *name);
 
 /* ---- files ------------------------------------------------------------------------------------- */
 
 /* openat(2), never following a link in the last component; close-on-exec. */
 int ksm_os_open(int dirfd, const char *path, int flags, mode_t mode);
+/* What a name stands for, a link not followed. */
+int ksm_os_stat_at(int dirfd, const char *path, struct stat *out);
 /* A new description of the same file, through /proc; or, where there is no /proc, of dirfd/name if that is it. */
 int ksm_os_reopen(int fd, int dirfd, const char *name);
 /* A new description of what fd is in the table of another thread of this process (never of a userfaultfd). */
@@ -129,6 +162,8 @@ int ksm_os_memfd(const char *name);
 int64_t ksm_os_seek_data(int fd, uint64_t offset);
 int ksm_os_seal(int fd, int seals);
 int ksm_os_seals(int fd);
+/* Is it a memory file that can be written, and never resized? */
+bool ksm_os_has_fixed_size(int fd);
 /* Open file description locks on one byte. try_lock: -EAGAIN if somebody else holds it. */
 int ksm_os_lock_try(int fd, uint64_t byte);
 int ksm_os_unlock(int fd, uint64_t byte);
@@ -148,13 +183,17 @@ int ksm_os_tid(void);
 /* Wait until the kernel counts a thread, joined already, no longer among this process's. */
 void ksm_os_wait_thread_gone(int tid);
 int ksm_os_thread(pthread_t *thread, const pthread_attr_t *attributes, void *(*function)(void *), void *argument);
+/* Send a signal to a thread that has not been joined. */
+int ksm_os_thread_kick(pthread_t thread, int signal);
 int ksm_os_dumpable(void);
 uint64_t ksm_os_memory_bytes(void);
 uint64_t ksm_os_max_map_count(void);
-/* Memory mappings of this process. */
+/* Memory mappings of this process; 0: it cannot be told. */
 uint64_t ksm_os_count_maps(void);
 /* Largest file this process may write without SIGXFSZ. */
 uint64_t ksm_os_file_size_limit(void);
+/* Bytes of addresses that this process may map. */
+uint64_t ksm_os_address_limit(void);
 uint64_t ksm_os_now_ns(void);
 void ksm_os_sleep_ns(uint64_t ns);
 void ksm_os_yield(void);
@@ -174,6 +213,7 @@ enum ksm_page_kind { /* categories of PAGEMAP_SCAN, same bits */
 	KSM_PAGE_SWAPPED = 1 << 4,
 	KSM_PAGE_ZERO = 1 << 5, /* the kernel's page of zeros */
 	KSM_PAGE_HUGE = 1 << 6,
+	KSM_PAGE_HELD = 1 << 14,   /* write protected by userfaultfd */
 	KSM_PAGE_SHARED = 1 << 15, /* present, anonymous and mapped by another process too */
 };
 
@@ -185,6 +225,29 @@ int ksm_os_resident(const void *at, size_t npages, uint16_t *kinds);
 /* Is there a mapping at every page of [at, at + nbytes)? */
 bool ksm_os_is_mapped(const void *at, size_t nbytes);
 
+/* ---- the program's mappings (os_map.c): no malloc, no stdio --------------------------------------- */
+
+#define KSM_MAPPING_READ 1u
+#define KSM_MAPPING_WRITE 2u
+#define KSM_MAPPING_EXECUTE 4u
+#define KSM_MAPPING_SHARED 8u
+
+struct ksm_os_mapping {
+	uintptr_t from, to;
+	uint64_t offset, inode; /* inode 0: anonymous */
+	uint32_t major, minor;
+	unsigned access; /* KSM_MAPPING_READ … EXECUTE */
+	bool shared;
+};
+
+typedef void (*ksm_os_each_mapping)(const struct ksm_os_mapping *mapping, void *context);
+
+/* Calls each(mapping, context) for every mapping that touches [at, at + nbytes), in their order. fd: /proc/self/maps.
+ * 0; 1: done, but it was dear, for the kernel had to list them all; or an error. */
+int ksm_os_mappings(int fd, const void *at, size_t nbytes, ksm_os_each_mapping each, void *context);
+/* Copy our own memory without faulting on it. -EFAULT: not all of it can be read. -ENOSYS, -EPERM: not allowed here. */
+int ksm_os_read_own(const void *from, void *to, size_t nbytes);
+
 /* ---- userfaultfd ----------------------------------------------------------------------------------- */
 
 #define KSM_UFFD_MISSING 1u
@@ -193,6 +256,7 @@ bool ksm_os_is_mapped(const void *at, size_t nbytes);
 /* Features a descriptor must have; see userfaultfd(2). */
 #define KSM_UFFD_FEATURE_MOVE (1ull << 16)
 #define KSM_UFFD_FEATURE_PROTECT_FILES (1ull << 12)
+#define KSM_UFFD_FEATURE_FOLLOW (1ull << 2) /* mremap takes the registration along, and says so */
 
 /* Through /dev/userfaultfd, else the system call; with kernel faults. -EPERM/-EACCES: not allowed; -EINVAL: too old. */
 int ksm_os_uffd_open(uint64_t features);
@@ -204,8 +268,26 @@ int ksm_os_uffd_unregister(int uffd, void *at, size_t nbytes);
 /* Move pages from `from` to `to`. Returns bytes moved (maybe short), or a negative errno if none was. */
 int64_t ksm_os_uffd_move(int uffd, void *to, void *from, size_t nbytes);
 int64_t ksm_os_uffd_copy(int uffd, void *to, const void *from, size_t nbytes);
+/* Is [at, at + nbytes) inside one mapping that is registered? unreadable: as many bytes of ours that nobody may read.
+ * -EAGAIN: some registered memory is being moved by mremap, and ksm_os_uffd_read() will say whereto. */
+int ksm_os_uffd_has(int uffd, void *at, const void *unreadable, size_t nbytes);
 int ksm_os_uffd_wake(int uffd, void *at, size_t nbytes);
 int ksm_os_uffd_protect(int uffd, void *at, size_t nbytes, bool on);
+
+enum ksm_os_uffd_kind {
+	KSM_OS_UFFD_NOTHING = 0,
+	KSM_OS_UFFD_SLEEPER,
+	KSM_OS_UFFD_MOVED
+};
+
+struct ksm_os_uffd_event {
+	void *at;      /* SLEEPER: an address in the page that somebody waits for; MOVED: where the memory was */
+	void *to;      /* MOVED: where it is, still registered. Whoever moved it (mremap) goes on from here on */
+	size_t nbytes; /* MOVED */
+};
+
+/* Wait for what the descriptor has to say. A kind, NOTHING if nothing comes in that time, or an error. */
+int ksm_os_uffd_read(int uffd, uint64_t timeout_ns, struct ksm_os_uffd_event *event);
 
 /* ---- sockets -------------------------------------------------------------------------------------- */
 
@@ -266,7 +348,7 @@ int ksm_os_map_anon_sigsafe(size_t nbytes, void **out);
 int ksm_os_protect_sigsafe(void *at, size_t nbytes, bool writable);
 int ksm_os_advise_sigsafe(void *at, size_t nbytes, int advice);
 int ksm_os_remap_sigsafe(void *from, void *to, size_t nbytes);
-void ksm_os_unmap_sigsafe(void *at, size_t nbytes);
+int ksm_os_unmap_sigsafe(void *at, size_t nbytes);
 bool ksm_os_is_mapped_sigsafe(const void *at, size_t nbytes);
 
 /* What a signal does, as the kernel has it. */

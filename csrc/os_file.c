@@ -15,6 +15,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#ifndef F_SEAL_FUTURE_WRITE
+#define F_SEAL_FUTURE_WRITE 0x0010
+#endif
 #ifndef F_OFD_SETLK
 #define F_OFD_GETLK 36
 #define F_OFD_SETLK 37
@@ -30,42 +33,56 @@ int ksm_os_open(int dirfd, const char *path, int flags, mode_t mode)
 	return fd < 0 ? -errno : fd;
 }
 
+static int open_link(const char *path, int flags)
+{
+	KSM_FAULT(REOPEN);
+	int fd = open(path, flags | O_CLOEXEC | O_NOCTTY);
+	return fd < 0 ? -errno : fd;
+}
+
 int ksm_os_reopen(int fd, int dirfd, const char *name)
 {
-	KSM_FAULT(OPEN);
 	char path[48];
 	snprintf(path, sizeof(path), "/proc/thread-self/fd/%d", fd);
-	int again = open(path, O_RDWR | O_CLOEXEC | O_NOCTTY);
+	int again = open_link(path, O_RDWR);
 	if (again >= 0)
 		return again;
 	struct stat a, b;
-	again = openat(dirfd, name, O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NOCTTY);
+	again = ksm_os_open(dirfd, name, O_RDWR, 0);
 	if (again < 0)
-		return -errno;
-	if (fstat(fd, &a) || fstat(again, &b) || a.st_dev != b.st_dev || a.st_ino != b.st_ino) {
-		close(again);
-		return -ESTALE;
-	}
-	return again;
+		return again;
+	int r = ksm_os_stat(fd, &a);
+	if (!r)
+		r = ksm_os_stat(again, &b);
+	if (!r && (a.st_dev != b.st_dev || a.st_ino != b.st_ino))
+		r = -ESTALE;
+	if (!r)
+		return again;
+	close(again);
+	return r;
 }
 
 int ksm_os_reopen_from(int tid, int fd, bool directory)
 {
-	KSM_FAULT(OPEN);
 	char path[64];
 	snprintf(path, sizeof(path), "/proc/self/task/%d/fd/%d", tid, fd);
-	int again = open(path, (directory ? O_RDONLY | O_DIRECTORY : O_RDWR) | O_CLOEXEC | O_NOCTTY);
-	return again < 0 ? -errno : again;
+	return open_link(path, directory ? O_RDONLY | O_DIRECTORY : O_RDWR);
+}
+
+static int dup_above(int fd, int least)
+{
+	KSM_FAULT(LIFT);
+	int copy = fcntl(fd, F_DUPFD_CLOEXEC, least);
+	return copy < 0 ? -errno : copy;
 }
 
 int ksm_os_lift(int fd)
 {
 	if (fd < 0 || fd > STDERR_FILENO)
 		return fd;
-	int lifted = fcntl(fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
-	int error = -errno;
+	int lifted = dup_above(fd, STDERR_FILENO + 1);
 	close(fd);
-	return lifted < 0 ? error : lifted;
+	return lifted;
 }
 
 void ksm_os_close(int fd)
@@ -108,6 +125,12 @@ int ksm_os_stat(int fd, struct stat *out)
 	return fstat(fd, out) ? -errno : 0;
 }
 
+int ksm_os_stat_at(int dirfd, const char *path, struct stat *out)
+{
+	KSM_FAULT(STAT);
+	return fstatat(dirfd, path, out, AT_SYMLINK_NOFOLLOW) ? -errno : 0;
+}
+
 int ksm_os_truncate(int fd, uint64_t nbytes)
 {
 	KSM_FAULT(TRUNCATE);
@@ -137,6 +160,8 @@ int ksm_os_memfd(const char *name)
 
 int64_t ksm_os_seek_data(int fd, uint64_t offset)
 {
+	if (KSM_FAULTED(SEEK))
+		return (int64_t)offset;
 	off_t at = lseek(fd, (off_t)offset, SEEK_DATA);
 	if (at < 0)
 		return errno == ENXIO ? INT64_MAX : (int64_t)offset;
@@ -151,8 +176,15 @@ int ksm_os_seal(int fd, int seals)
 
 int ksm_os_seals(int fd)
 {
+	KSM_FAULT(SEALS);
 	int seals = fcntl(fd, F_GET_SEALS);
 	return seals < 0 ? -errno : seals;
+}
+
+bool ksm_os_has_fixed_size(int fd)
+{
+	int fixed = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL, seals = ksm_os_seals(fd);
+	return seals >= 0 && (seals & fixed) == fixed && !(seals & (F_SEAL_WRITE | F_SEAL_FUTURE_WRITE));
 }
 
 static int lock_set(int fd, uint64_t byte, short type)
@@ -175,6 +207,7 @@ int ksm_os_lock_try(int fd, uint64_t byte)
 
 int ksm_os_unlock(int fd, uint64_t byte)
 {
+	KSM_FAULT(UNLOCK);
 	return lock_set(fd, byte, F_UNLCK);
 }
 

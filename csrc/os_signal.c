@@ -61,18 +61,16 @@ int ksm_os_remap_sigsafe(void *from, void *to, size_t nbytes)
 	return is_error(at) ? (int)at : 0;
 }
 
-void ksm_os_unmap_sigsafe(void *at, size_t nbytes)
+int ksm_os_unmap_sigsafe(void *at, size_t nbytes)
 {
-	ksm_raw_call(SYS_munmap, word(at), (long)nbytes, 0, 0, 0, 0);
+	KSM_FAULT(UNMAP);
+	return (int)ksm_raw_call(SYS_munmap, word(at), (long)nbytes, 0, 0, 0, 0);
 }
 
 bool ksm_os_is_mapped_sigsafe(const void *at, size_t nbytes)
 {
-	unsigned char byte;
-	for (size_t done = 0; done < nbytes; done += KSM_PAGE_SIZE)
-		if (ksm_raw_call(SYS_mincore, word(at) + (long)done, KSM_PAGE_SIZE, word(&byte), 0, 0, 0) == -ENOMEM)
-			return false;
-	return true;
+	/* It needs no memory, as mincore(2) does, and does nothing but look. */
+	return ksm_raw_call(SYS_msync, word(at), (long)nbytes, MS_ASYNC, 0, 0, 0) != -ENOMEM;
 }
 
 /* ---- signals --------------------------------------------------------------------------------------- */
@@ -98,6 +96,9 @@ int ksm_os_action_exchange(int signal, ksm_os_handler handler, struct ksm_os_act
 	memcpy(&old->mask, &was.sa_mask, sizeof(old->mask));
 	old->restorer = was.sa_restorer;
 	int r = ksm_os_action_sigsafe(signal, NULL, &raw);
+#ifdef __SANITIZE_THREAD__ /* its sigaction() installs a function of its own, which is not what we look for later */
+	raw.handler = signal == SIGSEGV ? handler : raw.handler;
+#endif
 	if (r || raw.handler != handler)
 		return r;
 	raw.mask = UINT64_MAX; /* the C library keeps two signals of its own out of every mask */
@@ -113,6 +114,7 @@ uint64_t ksm_os_mask_sigsafe(uint64_t mask)
 
 int ksm_os_signal_self_sigsafe(int signal, siginfo_t *info)
 {
+	KSM_FAULT(SIGNAL_SELF);
 	long pid = ksm_raw_call(SYS_getpid, 0, 0, 0, 0, 0, 0), tid = ksm_raw_call(SYS_gettid, 0, 0, 0, 0, 0, 0);
 	return (int)ksm_raw_call(SYS_rt_tgsigqueueinfo, pid, tid, signal, word(info), 0, 0);
 }
@@ -134,11 +136,12 @@ void ksm_os_sleep_sigsafe(uint64_t ns)
 }
 
 #if defined(__aarch64__)
-struct esr_context { /* asm/sigcontext.h, which does not go together with signal.h everywhere */
+/* struct esr_context of asm/sigcontext.h, which goes together with signal.h only in some C libraries. */
+struct fault_record {
 	uint32_t magic, nbytes;
 	uint64_t esr;
 };
-#define ESR_MAGIC 0x45535201u
+#define FAULT_RECORD_MAGIC 0x45535201u
 #endif
 
 enum ksm_os_access ksm_os_access_sigsafe(const void *context)
@@ -148,10 +151,10 @@ enum ksm_os_access ksm_os_access_sigsafe(const void *context)
 	return at->uc_mcontext.gregs[REG_ERR] & 2 ? KSM_ACCESS_WRITE : KSM_ACCESS_READ;
 #elif defined(__aarch64__)
 	const unsigned char *record = at->uc_mcontext.__reserved;
-	for (size_t done = 0; done + sizeof(struct esr_context) <= sizeof(at->uc_mcontext.__reserved);) {
-		struct esr_context found;
+	for (size_t done = 0; done + sizeof(struct fault_record) <= sizeof(at->uc_mcontext.__reserved);) {
+		struct fault_record found;
 		memcpy(&found, record + done, sizeof(found));
-		if (found.magic == ESR_MAGIC) /* the class of a data abort from below, and "write, not read" */
+		if (found.magic == FAULT_RECORD_MAGIC) /* the class of a data abort from below, and "write, not read" */
 			return found.esr >> 26 == 0x24 && found.esr & 1u << 6 ? KSM_ACCESS_WRITE : KSM_ACCESS_READ;
 		if (!found.magic || found.nbytes < 8)
 			break;

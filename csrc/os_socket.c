@@ -33,6 +33,12 @@ static int socket_new(void)
 	return fd < 0 ? -errno : fd;
 }
 
+static int hear(int fd)
+{
+	KSM_FAULT(LISTEN);
+	return listen(fd, 64) ? -errno : 0;
+}
+
 int ksm_os_listen(int dirfd, const char *name)
 {
 	KSM_FAULT(BIND);
@@ -41,12 +47,11 @@ int ksm_os_listen(int dirfd, const char *name)
 	int fd = r ? r : socket_new();
 	if (fd < 0)
 		return fd;
-	if (bind(fd, (struct sockaddr *)&address, sizeof(address)) || listen(fd, 64)) {
-		r = -errno;
-		close(fd);
-		return r;
-	}
-	return fd;
+	r = bind(fd, (struct sockaddr *)&address, sizeof(address)) ? -errno : hear(fd);
+	if (!r)
+		return fd;
+	close(fd);
+	return r;
 }
 
 int ksm_os_connect(int dirfd, const char *name)
@@ -104,9 +109,9 @@ int ksm_os_send(int fd, const void *message, size_t nbytes, const int *fds, size
 
 int ksm_os_receive(int fd, void *message, size_t room, int *fds, size_t *nfds)
 {
-	KSM_FAULT(RECEIVE);
 	size_t space = *nfds;
 	*nfds = 0;
+	KSM_FAULT(RECEIVE);
 	if (space > KSM_OS_FDS_MAX)
 		return -EINVAL;
 	union {
@@ -147,6 +152,7 @@ int ksm_os_receive(int fd, void *message, size_t room, int *fds, size_t *nfds)
 
 int ksm_os_peer_uid(int fd, uid_t *uid, pid_t *pid)
 {
+	KSM_FAULT(PEER_USER);
 	struct ucred credentials;
 	socklen_t size = sizeof(credentials);
 	if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &credentials, &size))

@@ -11,6 +11,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
+#include <poll.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -66,6 +67,7 @@ int ksm_os_uffd_open(uint64_t features)
 
 int ksm_os_uffd_try_device(void)
 {
+	KSM_FAULT(UFFD_TRY);
 	int fd = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
 	if (fd < 0)
 		return -errno;
@@ -75,6 +77,7 @@ int ksm_os_uffd_try_device(void)
 
 int ksm_os_uffd_try_call(bool of_user)
 {
+	KSM_FAULT(UFFD_TRY);
 	int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | (of_user ? USER_MODE_ONLY : 0));
 	if (fd < 0)
 		return -errno;
@@ -117,6 +120,18 @@ int64_t ksm_os_uffd_copy(int uffd, void *to, const void *from, size_t nbytes)
 	return request.copy > 0 ? request.copy : error;
 }
 
+/* A copy that fails for want of a source has looked at the destination before: so EFAULT means that it is there. */
+int ksm_os_uffd_has(int uffd, void *at, const void *unreadable, size_t nbytes)
+{
+	if (KSM_FAULTED(UFFD_HAS))
+		return -ENOMEM; /* not EAGAIN, which ends when somebody has read what there is to be read */
+	struct uffdio_copy request = {
+		.dst = (uintptr_t)at, .src = (uintptr_t)unreadable, .len = nbytes, .mode = UFFDIO_COPY_MODE_DONTWAKE};
+	if (!ioctl(uffd, UFFDIO_COPY, &request))
+		return -EEXIST;
+	return errno == EFAULT ? 0 : -errno;
+}
+
 int ksm_os_uffd_wake(int uffd, void *at, size_t nbytes)
 {
 	KSM_FAULT(UFFD_WAKE);
@@ -131,6 +146,31 @@ int ksm_os_uffd_protect(int uffd, void *at, size_t nbytes, bool on)
 					      .mode = on ? UFFDIO_WRITEPROTECT_MODE_WP
 							 : UFFDIO_WRITEPROTECT_MODE_DONTWAKE};
 	return ioctl(uffd, UFFDIO_WRITEPROTECT, &request) ? -errno : 0;
+}
+
+int ksm_os_uffd_read(int uffd, uint64_t timeout_ns, struct ksm_os_uffd_event *event)
+{
+	KSM_FAULT(UFFD_READ);
+	struct pollfd poll = {.fd = uffd, .events = POLLIN};
+	struct uffd_msg message;
+	int r = timeout_ns ? ksm_os_poll(&poll, 1, timeout_ns) : 1;
+	if (r <= 0)
+		return r;
+	ssize_t n = read(uffd, &message, sizeof(message));
+	if (n < 0)
+		return errno == EAGAIN ? KSM_OS_UFFD_NOTHING : -errno; /* it was woken, or killed */
+	if (n != (ssize_t)sizeof(message))
+		return -EPROTO;
+	if (message.event == UFFD_EVENT_PAGEFAULT) {
+		event->at = (void *)(uintptr_t)message.arg.pagefault.address;
+		return KSM_OS_UFFD_SLEEPER;
+	}
+	if (message.event != UFFD_EVENT_REMAP)
+		return -EPROTO;
+	event->at = (void *)(uintptr_t)message.arg.remap.from;
+	event->to = (void *)(uintptr_t)message.arg.remap.to;
+	event->nbytes = message.arg.remap.len;
+	return KSM_OS_UFFD_MOVED;
 }
 
 #define PAGEMAP_MOST 512
@@ -152,7 +192,7 @@ int ksm_os_pagemap(int fd, const void *at, size_t npages, uint16_t *kinds)
 		uint64_t entry = entries[i];
 		bool present = entry >> 63 & 1, file = entry >> 61 & 1;
 		kinds[i] = (uint16_t)((present ? KSM_PAGE_PRESENT : 0) | (file ? KSM_PAGE_FILE : 0) |
-				      (entry >> 62 & 1 ? KSM_PAGE_SWAPPED : 0) |
+				      (entry >> 62 & 1 ? KSM_PAGE_SWAPPED : 0) | (entry >> 57 & 1 ? KSM_PAGE_HELD : 0) |
 				      (present && !file && !(entry >> 56 & 1) ? KSM_PAGE_SHARED : 0));
 	}
 	return 0;
@@ -173,9 +213,6 @@ int ksm_os_resident(const void *at, size_t npages, uint16_t *kinds)
 
 bool ksm_os_is_mapped(const void *at, size_t nbytes)
 {
-	unsigned char byte;
-	for (size_t done = 0; done < nbytes; done += KSM_PAGE_SIZE)
-		if (mincore((char *)(uintptr_t)at + done, KSM_PAGE_SIZE, &byte) && errno == ENOMEM)
-			return false;
-	return true;
+	/* It needs no memory, as mincore(2) does, and does nothing but look. */
+	return !msync((void *)(uintptr_t)at, nbytes, MS_ASYNC) || errno != ENOMEM;
 }

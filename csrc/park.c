@@ -18,10 +18,13 @@
  * PARK-4. While anybody may be parked the scanner allocates nothing, takes no lock and uses no stdio: a parked thread may
  *         be in the middle of malloc().
  * PARK-5. The program runs at least four times as long as it was stopped, if scanners rest as they are told to.
+ * PARK-6. A signal that reaches a thread inside execve(2) stays pending and kills the new program, which has no handler.
+ *         So whoever is about to call exec says so, and no stop begins for a while. Nobody can see it from outside.
  *
- * One stop at a time: scanners take turns, and no other thread takes that lock. fork: scanners have ended, no stop is
- * under way; the child starts anew. vfork: the parent's thread sleeps in the kernel and does not answer, so the stop is
- * given up. Not seen: a process made by clone(CLONE_VM) that is neither a thread nor waited for in vfork.
+ * One stop at a time: scanners take turns; of other threads only one that is about to call exec takes that lock. fork:
+ * scanners have ended, no stop is under way; the child starts anew. vfork: the parent's thread sleeps in the kernel and
+ * does not answer, so the stop is given up. Not seen: a process made by clone(CLONE_VM) that is neither a thread nor
+ * waited for in vfork.
  *
  * If a page that is touched between begin and end is one that a thread of the program has to provide (its own
  * userfaultfd) everybody waits for ever: such memory must not be registered. A stack, or a thread's own storage, must not
@@ -53,6 +56,7 @@
 #define FIRST_LOOK_NS (200 * US) /* until threads that have not parked are looked at */
 #define LOOK_AT_MOST 16          /* missing threads whose state is looked up */
 #define SHARE 4                  /* PARK-5 */
+#define EXEC_NS (10000 * MS)     /* PARK-6: by then it has happened, or failed */
 #define SOON 2                   /* delays at most, see back_off(): nothing is wrong with the thread … */
 #define OFTEN 3                  /* … or looking costs others nothing … */
 #define LATER 5                  /* … or it may stay like that */
@@ -69,6 +73,7 @@ static struct {
 	int dead_leader;              /* the main thread, if it has ended; 0: not known to have */
 	uint32_t exempt_used;         /* entries of exempt[] ever in use */
 	uint32_t exempt[EXEMPT_MOST]; /* thread numbers; 0: free */
+	uint64_t exec_until_ns;       /* PARK-6 */
 } world = {.turn = PTHREAD_MUTEX_INITIALIZER};
 
 int ksm_park_signal(void)
@@ -79,6 +84,13 @@ int ksm_park_signal(void)
 int ksm_park_choose_signal(int signal)
 {
 	return ksm_gate_wish(signal);
+}
+
+void ksm_park_before_exec(void)
+{
+	pthread_mutex_lock(&world.turn); /* no stop is under way, and what was sent to us has been taken */
+	world.exec_until_ns = ksm_os_now_ns() + EXEC_NS;
+	pthread_mutex_unlock(&world.turn);
 }
 
 /* ---- scanners --------------------------------------------------------------------------------------------- */
@@ -127,6 +139,7 @@ void ksm_park_fork_child(void)
 	pthread_mutex_init(&world.turn, NULL);
 	memset(world.exempt, 0, sizeof(world.exempt));
 	world.dead_leader = 0;
+	world.exec_until_ns = 0;
 	ksm_gate_fork_child();
 }
 
@@ -307,6 +320,11 @@ static int begin_locked(struct ksm_park *park)
 	park->culprit = 0;
 	park->reason[0] = 0;
 	park->patience = LATER;
+	if (ksm_os_now_ns() < world.exec_until_ns) {
+		park->patience = OFTEN;
+		say(park, "the program is about to call exec");
+		return KSM_EUNSTOPPABLE;
+	}
 	int r = ksm_gate_check_signal();
 	if (r) {
 		say(park, "no real-time signal is free");

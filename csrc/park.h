@@ -57,6 +57,8 @@ void ksm_park_exempt(bool on);
 bool ksm_park_is_exempt(int tid);
 /* In the child of a fork: nobody else is there. */
 void ksm_park_fork_child(void);
+/* The calling thread is about to call exec: for some seconds nobody is held. */
+void ksm_park_before_exec(void);
 
 /* The signal in use; 0: not chosen yet. */
 int ksm_park_signal(void);

@@ -23,7 +23,16 @@
  *         if the original's bit is gone by the time it is read.
  * REFS-4. bitmap.high is raised before a bit above it is set; readers take what lies beyond for zeros (reading a
  *         hole of a memory file would allocate it).
+ * REFS-8. Below high there are no holes, of busy bits neither: the owner makes sure of their pages first, and a reader
+ *         need not (SPARSE-1). Where there is no memory for it the bit is not set, and the frame not referred to.
  * REFS-5. A bitmap that is not at hand counts as all ones: nothing is freed and nothing allocated until it is.
+ *
+ * REFS-6. Which incarnation lives in a slot is said by the kernel's lock table alone: the offset of a second lock of the
+ *         same description is its nonce, and the sealed header of its bitmap holds the same. What the slot says is for
+ *         those who look; a nonce put back there makes no dead peer's bitmap pass for a living one's.
+ * REFS-7. A peer that writes a frame or frees it has its busy bit set from before the frame's cell names it until after
+ *         the bytes are there, or gone, and the cell says so. Whoever takes a frame reads the others' busy bits after its
+ *         own bit is set: of the two, at least one sees the other, whatever somebody scribbles over the cell.
  *
  * What others wrote is never trusted: slot numbers and epochs are bounded, bitmaps are believed only as far as
  * their own sealed header and the lock table of the kernel go.
@@ -54,6 +63,15 @@ void ksm_merge_lock(struct ksm_peer *peer)
 	pthread_mutex_unlock(&peer->merge_next);
 }
 
+bool ksm_merge_try_lock(struct ksm_peer *peer)
+{
+	if (pthread_mutex_trylock(&peer->merge_next))
+		return false;
+	bool locked = !pthread_mutex_trylock(&peer->merge_mutex);
+	pthread_mutex_unlock(&peer->merge_next);
+	return locked;
+}
+
 void ksm_merge_unlock(struct ksm_peer *peer)
 {
 	pthread_mutex_unlock(&peer->merge_mutex);
@@ -61,33 +79,26 @@ void ksm_merge_unlock(struct ksm_peer *peer)
 
 void ksm_merge_lock_renew(struct ksm_peer *peer)
 {
-	pthread_mutex_init(&peer->merge_mutex, NULL);
+	ksm_merge_unlock(peer);                       /* held by this thread since before the fork */
+	pthread_mutex_init(&peer->merge_mutex, NULL); /* others may have been waiting for it, in the parent */
 	pthread_mutex_init(&peer->merge_next, NULL);
 }
 
 void ksm_peer_init(struct ksm_peer *peer)
 {
 	memset(peer, 0, sizeof(*peer));
-	peer->fds = (struct ksm_descriptors){-1, -1, -1, -1, -1};
+	peer->fds = (struct ksm_descriptors){-1, -1, -1, -1, -1, -1};
 	peer->seat.slot = KSM_NO_SLOT;
 	peer->seat.bitmap_fd = -1;
-	ksm_merge_lock_renew(peer);
+	pthread_mutex_init(&peer->merge_mutex, NULL);
+	pthread_mutex_init(&peer->merge_next, NULL);
 }
 
 /* ---- the control memfd --------------------------------------------------------------------------- */
 
-static void place(struct ksm_peer *peer, void *map)
-{
-	char *base = map;
-	peer->control = map;
-	peer->chunks = (uint64_t *)(base + peer->layout.chunks);
-	peer->cells = (uint64_t *)(base + peer->layout.cells);
-	peer->checks = (uint32_t *)(base + peer->layout.checks);
-}
-
 size_t ksm_peer_table_bytes(void)
 {
-	return ksm_page_round_up(KSM_PEERS_MAX * (sizeof(struct ksm_other) + sizeof(ksm_slotno) + sizeof(uint32_t)));
+	return ksm_page_round_up(KSM_PEERS_MAX * (sizeof(ksm_slotno) + sizeof(struct ksm_other)));
 }
 
 static int map_others(struct ksm_peer *peer)
@@ -96,19 +107,44 @@ static int map_others(struct ksm_peer *peer)
 	int r = ksm_os_map_table(ksm_peer_table_bytes(), &table);
 	if (r)
 		return r;
-	peer->others = table;
-	peer->living = (ksm_slotno *)(peer->others + KSM_PEERS_MAX);
-	peer->buried = peer->living + KSM_PEERS_MAX;
+	peer->living = table; /* before the others: while few live, and in low slots, both are on one page */
+	peer->others = (struct ksm_other *)(peer->living + KSM_PEERS_MAX);
 	return 0;
+}
+
+size_t ksm_peer_counts_bytes(const struct ksm_peer *peer)
+{
+	uint64_t longest =
+		KSM_MAX(peer->layout.checks - peer->layout.cells, peer->layout.candidates - peer->layout.index);
+	return ksm_page_round_up(peer->layout.frames * sizeof(uint16_t)) + ksm_page_round_up(ksm_pages_of(longest));
 }
 
 static int map_counts(struct ksm_peer *peer)
 {
 	void *counts;
-	int r = ksm_os_map_table(ksm_page_round_up(peer->layout.frames * sizeof(uint16_t)), &counts);
-	if (!r)
-		peer->counts = counts;
-	return r;
+	int r = ksm_os_map_table(ksm_peer_counts_bytes(peer), &counts);
+	if (r)
+		return r;
+	peer->counts = counts;
+	peer->book.far = (uint8_t *)counts + ksm_page_round_up(peer->layout.frames * sizeof(uint16_t));
+	return 0;
+}
+
+static void place(struct ksm_peer *peer, void *map)
+{
+	char *base = map;
+	peer->control = map;
+	peer->chunks = (uint64_t *)(base + peer->layout.chunks);
+	peer->cells = (uint64_t *)(base + peer->layout.cells);
+	peer->checks = (uint32_t *)(base + peer->layout.checks);
+	peer->slots_there = (struct ksm_sparse){base + peer->layout.slots, &peer->book, KSM_SPARSE_SLOTS};
+	peer->cells_there = ksm_peer_sparse(peer, KSM_SPARSE_CELLS, peer->layout.cells);
+	peer->checks_there = ksm_peer_sparse(peer, KSM_SPARSE_CHECKS, peer->layout.checks);
+}
+
+void ksm_peer_moved(struct ksm_peer *peer)
+{
+	place(peer, peer->control);
 }
 
 static int map_all(struct ksm_peer *peer, int control)
@@ -119,7 +155,11 @@ static int map_all(struct ksm_peer *peer, int control)
 		return r;
 	ksm_os_advise(map, peer->layout.total, MADV_DONTDUMP);
 	place(peer, map);
-	r = map_counts(peer);
+	r = ksm_os_populate(map, sizeof(struct ksm_control)); /* SPARSE-1 */
+	if (!r)
+		r = ksm_os_populate(peer->chunks, peer->layout.cells - peer->layout.chunks);
+	if (!r)
+		r = map_counts(peer);
 	if (!r)
 		r = map_others(peer);
 	if (r) {
@@ -143,6 +183,7 @@ int ksm_peer_create_control(struct ksm_peer *peer, int control, uint64_t frames,
 	c->magic = KSM_MAGIC;
 	c->version = KSM_LAYOUT_VERSION;
 	c->layout = ksm_layout_hash();
+	memcpy(peer->id, id, sizeof(peer->id));
 	memcpy(c->id, id, sizeof(c->id));
 	c->frames = frames;
 	c->backing = backing;
@@ -156,31 +197,42 @@ int ksm_peer_map_control(struct ksm_peer *peer, int control)
 {
 	struct ksm_control head;
 	struct stat stat;
-	int r = ksm_os_pread(control, &head, sizeof(head), 0);
+	int r = ksm_os_stat(control, &stat);
+	if (!r && (!S_ISREG(stat.st_mode) || !ksm_os_has_fixed_size(control)))
+		r = KSM_ECORRUPT; /* whatever it is, reading it might take for ever */
 	if (!r)
-		r = ksm_os_stat(control, &stat);
+		r = ksm_os_pread(control, &head, sizeof(head), 0);
 	if (r)
-		return r;
+		return r == -ENODATA ? KSM_ECORRUPT : r;
 	if (head.magic != KSM_MAGIC)
 		return KSM_ECORRUPT;
 	if (head.version != KSM_LAYOUT_VERSION || head.layout != ksm_layout_hash())
 		return KSM_ELAYOUT;
-	if (head.frames == 0 || head.frames >= KSM_NO_FRAME || (ksm_os_seals(control) & SEALS_SIZE) != SEALS_SIZE)
+	if (head.frames == 0 || head.frames >= KSM_NO_FRAME)
 		return KSM_ECORRUPT;
 	ksm_layout_compute(head.frames, &peer->layout);
 	if ((uint64_t)stat.st_size != peer->layout.total)
 		return KSM_ECORRUPT;
+	memcpy(peer->id, head.id, sizeof(peer->id));
 	r = map_all(peer, control);
 	if (!r)
 		peer->fds.control = control;
 	return r;
 }
 
+struct ksm_sparse ksm_peer_sparse(const struct ksm_peer *peer, enum ksm_sparse_table table, uint64_t offset)
+{
+	return (struct ksm_sparse){(char *)peer->control + offset, peer->slots_there.book, table};
+}
+
 struct ksm_slot *ksm_peer_slot(const struct ksm_peer *peer, ksm_slotno slot)
 {
 	if (slot >= KSM_PEERS_MAX)
 		return NULL;
-	return (struct ksm_slot *)((char *)peer->control + peer->layout.slots + (size_t)slot * KSM_SLOT_SIZE);
+	char *at = (char *)peer->control + peer->layout.slots + (size_t)slot * KSM_SLOT_SIZE;
+	bool there = !ksm_sparse_reach(&peer->slots_there, at) &&
+		     !ksm_sparse_reach(&peer->slots_there, at + KSM_SLOT_SIZE - 1); /* it may lie on two pages */
+	return there ? (struct ksm_slot *)at : NULL;
 }
 
 void ksm_peer_forget_descriptors(struct ksm_peer *peer, bool mappings_stay)
@@ -207,7 +259,8 @@ static void forget(struct ksm_peer *peer, ksm_slotno slot, bool dead)
 			ksm_chunk_mark(peer, (ksm_frameno)frame);
 	munmap((void *)other->bitmap, ksm_bitmap_bytes(peer->layout.frames));
 	ksm_os_close(other->fd);
-	*other = (struct ksm_other){.fd = -1};
+	other->bitmap = NULL;
+	other->fd = -1;
 }
 
 void ksm_peer_destroy(struct ksm_peer *peer)
@@ -216,10 +269,10 @@ void ksm_peer_destroy(struct ksm_peer *peer)
 		for (ksm_slotno slot = 0; slot < KSM_PEERS_MAX; slot++)
 			forget(peer, slot, false);
 	ksm_seat_leave(&peer->seat);
-	if (peer->others)
-		munmap(peer->others, ksm_peer_table_bytes());
+	if (peer->living)
+		ksm_os_unmap(peer->living, ksm_peer_table_bytes());
 	if (peer->counts)
-		munmap(peer->counts, ksm_page_round_up(peer->layout.frames * sizeof(uint16_t)));
+		ksm_os_unmap(peer->counts, ksm_peer_counts_bytes(peer));
 	if (peer->control)
 		munmap(peer->control, peer->layout.total);
 	int *fds = (int *)&peer->fds;
@@ -231,14 +284,14 @@ void ksm_peer_destroy(struct ksm_peer *peer)
 bool ksm_peer_has_bitmap(const struct ksm_peer *peer, ksm_slotno slot)
 {
 	const struct ksm_other *other = &peer->others[slot];
-	return slot == peer->seat.slot ||
-	       (other->bitmap && other->nonce == ksm_load_acquire(&ksm_peer_slot(peer, slot)->nonce));
+	return slot == peer->seat.slot || (other->bitmap && other->nonce == other->incarnation);
 }
 
 void ksm_peer_count_vmas(struct ksm_peer *peer, int64_t delta)
 {
-	peer->vmas_used += delta;
-	ksm_count_set(peer->self, KSM_VMAS_USED, (uint64_t)KSM_MAX(peer->vmas_used, 0));
+	int64_t used = peer->vmas_used + delta;
+	ksm_store_relaxed(&peer->vmas_used, used); /* the scanner reads it without the lock, for its budget */
+	ksm_count_set(peer->self, KSM_VMAS_USED, (uint64_t)KSM_MAX(used, 0));
 }
 
 bool ksm_peer_refers(const struct ksm_peer *peer)
@@ -253,10 +306,12 @@ bool ksm_peer_refers(const struct ksm_peer *peer)
 /* Whoever sat there is dead. If we never saw its bitmap, any frame may have been its alone. */
 static void bury(struct ksm_peer *peer, ksm_slotno slot)
 {
-	uint32_t epoch = ksm_load_acquire(&ksm_peer_slot(peer, slot)->epoch);
-	if (peer->buried[slot] == epoch)
+	struct ksm_other *other = &peer->others[slot];
+	const struct ksm_slot *dead = ksm_peer_slot(peer, slot);
+	uint32_t epoch = dead ? ksm_load_acquire(&dead->epoch) : 0;
+	if (dead && other->buried == epoch)
 		return;
-	peer->buried[slot] = epoch;
+	other->buried = epoch; /* 0 if its slot cannot be read: then it is buried again when it can */
 	ksm_chunk_mark_all(peer);
 }
 
@@ -277,6 +332,10 @@ int ksm_peer_refresh(struct ksm_peer *peer)
 		from = slot + 1u;
 		alive[slot] = true;
 		peer->living[peer->living_count++] = slot;
+		int64_t nonce = ksm_peer_incarnation(peer, slot);
+		if (nonce < 0)
+			return (int)nonce;
+		peer->others[slot].incarnation = (uint64_t)nonce;
 		if (!ksm_peer_has_bitmap(peer, slot)) {
 			forget(peer, slot, true); /* another incarnation's */
 			peer->missing = slot;
@@ -302,12 +361,16 @@ int ksm_peer_refresh_if_changed(struct ksm_peer *peer)
 	return ksm_peer_refresh(peer);
 }
 
+static uint32_t epoch_of(const struct ksm_peer *peer, ksm_slotno slot)
+{
+	return slot == peer->seat.slot ? peer->seat.epoch : (uint32_t)peer->others[slot].incarnation;
+}
+
 bool ksm_peer_is_living(const struct ksm_peer *peer, ksm_slotno slot, uint32_t epoch)
 {
 	for (size_t i = 0; i < peer->living_count; i++)
 		if (peer->living[i] == slot)
-			return ((ksm_load_acquire(&ksm_peer_slot(peer, slot)->epoch) ^ epoch) & KSM_CELL_EPOCH_MASK) ==
-			       0;
+			return ((epoch_of(peer, slot) ^ epoch) & KSM_CELL_EPOCH_MASK) == 0;
 	return false;
 }
 
@@ -329,7 +392,7 @@ int ksm_peer_attach_bitmap(struct ksm_peer *peer, ksm_slotno slot, int fd)
 	}
 	const struct ksm_bitmap *bitmap = map;
 	if (bitmap->magic != KSM_MAGIC || bitmap->slot != slot || bitmap->frames != peer->layout.frames ||
-	    memcmp(bitmap->id, peer->control->id, sizeof(bitmap->id))) {
+	    memcmp(bitmap->id, peer->id, sizeof(bitmap->id))) {
 		munmap(map, nbytes);
 		ksm_os_close(fd);
 		return KSM_ECORRUPT;
@@ -337,49 +400,12 @@ int ksm_peer_attach_bitmap(struct ksm_peer *peer, ksm_slotno slot, int fd)
 	ksm_os_advise(map, nbytes, MADV_DONTFORK);
 	ksm_os_advise(map, nbytes, MADV_DONTDUMP);
 	forget(peer, slot, false);
-	peer->others[slot] = (struct ksm_other){
-		.bitmap = bitmap,
-		.bits = (const uint64_t *)((const char *)map + KSM_BITMAP_BITS_OFFSET),
-		.nonce = bitmap->nonce,
-		.fd = fd,
-	};
+	struct ksm_other *other = &peer->others[slot];
+	other->bitmap = bitmap;
+	other->bits = (const uint64_t *)((const char *)map + KSM_BITMAP_BITS_OFFSET);
+	other->nonce = bitmap->nonce;
+	other->fd = fd;
 	return 0;
-}
-
-/* ---- bits ------------------------------------------------------------------------------------------ */
-
-void ksm_bit_set(struct ksm_peer *peer, ksm_frameno frame)
-{
-	ksm_ensure(frame < peer->layout.frames);
-	ksm_raise_release(&peer->seat.bitmap->high, (uint64_t)frame + 1); /* REFS-4 */
-	ksm_or_release(&peer->seat.bits[frame / 64], 1ull << (frame % 64));
-}
-
-void ksm_bit_clear(struct ksm_peer *peer, ksm_frameno frame)
-{
-	ksm_ensure(frame < peer->layout.frames && peer->counts[frame] == 0); /* REFS-1 */
-	ksm_and_release(&peer->seat.bits[frame / 64], ~(1ull << (frame % 64)));
-}
-
-bool ksm_bit_test(const struct ksm_peer *peer, ksm_frameno frame)
-{
-	return frame < ksm_load_relaxed(&peer->seat.bitmap->high) &&
-	       (ksm_load_relaxed(&peer->seat.bits[frame / 64]) >> (frame % 64) & 1);
-}
-
-uint64_t ksm_bits_of_others(const struct ksm_peer *peer, ksm_frameno frame)
-{
-	uint64_t any = 0;
-	for (size_t i = 0; i < peer->living_count; i++) {
-		const struct ksm_other *other = &peer->others[peer->living[i]];
-		if (peer->living[i] == peer->seat.slot)
-			continue;
-		if (!other->bitmap)
-			return UINT64_MAX; /* REFS-5 */
-		if (frame < KSM_MIN(ksm_load_acquire(&other->bitmap->high), peer->layout.frames))
-			any |= ksm_load_acquire(&other->bits[frame / 64]);
-	}
-	return any;
 }
 
 /* ---- chunks ---------------------------------------------------------------------------------------- */

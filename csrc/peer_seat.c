@@ -2,8 +2,9 @@
 /*
  * DOC: Seats
  *
- * Taking and leaving a slot: lock first, then a new slot epoch, then the peer epoch (REFS-3), then an empty bitmap that
- * only its owner can write. The same steps serve a process that joins and the child that a fork is about to make.
+ * Taking and leaving a slot: lock first, then a new slot epoch, the incarnation's lock (REFS-6), then the peer epoch
+ * (REFS-3), then an empty bitmap that only its owner can write. The same steps serve a process that joins and the child
+ * that a fork is about to make.
  */
 #include "peer.h"
 
@@ -17,6 +18,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#define NOWHERE_ATTEMPTS 500
+#define NOWHERE_PAUSE_NS 10000000u
 #define SEALS_SIZE (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
 #ifndef F_SEAL_FUTURE_WRITE
 #define F_SEAL_FUTURE_WRITE 0x0010
@@ -51,17 +54,21 @@ static int make_bitmap(struct ksm_peer *peer, struct ksm_seat *seat)
 	}
 	seat->bitmap = map;
 	seat->bits = (uint64_t *)((char *)map + KSM_BITMAP_BITS_OFFSET);
-	seat->bitmap->magic = KSM_MAGIC;
-	memcpy(seat->bitmap->id, peer->control->id, sizeof(seat->bitmap->id));
-	seat->bitmap->slot = seat->slot;
-	seat->bitmap->slot_epoch = seat->epoch;
-	seat->bitmap->nonce = seat->nonce;
-	seat->bitmap->frames = peer->layout.frames;
-	ksm_os_advise(map, nbytes, MADV_DONTDUMP);
-	r = ksm_os_seal(fd, SEALS_SIZE | F_SEAL_FUTURE_WRITE);
+	r = ksm_seat_make_room(peer, seat, 1); /* with the header */
+	if (!r) {
+		seat->bitmap->magic = KSM_MAGIC;
+		memcpy(seat->bitmap->id, peer->id, sizeof(seat->bitmap->id));
+		seat->bitmap->slot = seat->slot;
+		seat->bitmap->slot_epoch = seat->epoch;
+		seat->bitmap->nonce = seat->nonce;
+		seat->bitmap->frames = peer->layout.frames;
+		ksm_os_advise(map, nbytes, MADV_DONTDUMP);
+		r = ksm_os_seal(fd, SEALS_SIZE | F_SEAL_FUTURE_WRITE);
+	}
 	if (r) {
-		ksm_os_unmap(map, nbytes);
+		munmap(map, nbytes);
 		ksm_os_close(fd);
+		seat->bitmap = NULL;
 		return r;
 	}
 	seat->bitmap_fd = fd;
@@ -69,16 +76,24 @@ static int make_bitmap(struct ksm_peer *peer, struct ksm_seat *seat)
 }
 
 /* What the slot says belongs to whoever sat there before, dead now: start afresh under its lock. */
-static int occupy_slot(struct ksm_peer *peer, struct ksm_seat *seat)
+static int occupy_slot(struct ksm_peer *peer, int file, struct ksm_seat *seat)
 {
 	struct ksm_slot *slot = ksm_peer_slot(peer, seat->slot);
-	int r = ksm_os_random(&seat->nonce, sizeof(seat->nonce));
+	uint32_t random;
+	int r = slot ? ksm_os_random(&random, sizeof(random)) : -ENOMEM;
+	if (r)
+		return r;
+	seat->epoch = ksm_load_relaxed(&slot->epoch) + 1;
+	seat->nonce = ksm_nonce_make(random, seat->epoch);
+	r = ksm_os_lock_try(file, ksm_lock_incarnations(seat->slot) + seat->nonce); /* REFS-6 */
 	if (r)
 		return r;
 	uint32_t high = ksm_load_relaxed(&peer->control->slots_high);
-	while (high < seat->slot + 1 && !ksm_cas32_seqcst(&peer->control->slots_high, high, seat->slot + 1))
+	for (unsigned tries = 0; tries < 1000 && high < seat->slot + 1; tries++) { /* somebody may scribble there */
+		if (ksm_cas32_seqcst(&peer->control->slots_high, high, seat->slot + 1))
+			break;
 		high = ksm_load_relaxed(&peer->control->slots_high);
-	seat->epoch = ksm_load_relaxed(&slot->epoch) + 1;
+	}
 	if (seat->epoch > 1)
 		ksm_chunk_mark_all(peer);
 	/* Not the epoch, not for an instant: who is killed here must not make the next ones look like earlier ones. */
@@ -99,9 +114,9 @@ int ksm_seat_take(struct ksm_peer *peer, bool inherit, struct ksm_seat *out)
 		r = ksm_os_map_shared(file, KSM_PAGE_SIZE, false, &seat.lock_page);
 	if (!r && !inherit)
 		r = ksm_os_advise(seat.lock_page, KSM_PAGE_SIZE, MADV_DONTFORK);
-	ksm_os_close(file); /* the mapping keeps the description, and with it the lock */
 	if (!r)
-		r = occupy_slot(peer, &seat);
+		r = occupy_slot(peer, file, &seat);
+	ksm_os_close(file); /* the mapping keeps the description, and with it the locks */
 	if (!r)
 		r = make_bitmap(peer, &seat);
 	if (!r && !inherit)
@@ -124,14 +139,35 @@ void ksm_seat_leave(struct ksm_seat *seat)
 	*seat = (struct ksm_seat){.slot = KSM_NO_SLOT, .bitmap_fd = -1};
 }
 
-void ksm_seat_copy_bits(struct ksm_peer *peer, struct ksm_seat *to, const struct ksm_seat *from)
+/* The same part of a page belongs to the bits and to the busy bits of a frame, for both begin there. */
+int ksm_seat_make_room(struct ksm_peer *peer, struct ksm_seat *seat, uint64_t high)
+{
+	while (seat->room < high) {
+		char *at = (char *)seat->bitmap + ksm_bitmap_page(seat->room);
+		int r = ksm_os_populate(at, KSM_PAGE_SIZE);
+		if (!r)
+			r = ksm_os_populate(at + ksm_bitmap_half(peer->layout.frames), KSM_PAGE_SIZE);
+		if (r) {
+			peer->book.error = r;
+			return r;
+		}
+		seat->room = (ksm_bitmap_page(seat->room) + KSM_PAGE_SIZE - KSM_BITMAP_BITS_OFFSET) * 8;
+	}
+	return 0;
+}
+
+int ksm_seat_copy_bits(struct ksm_peer *peer, struct ksm_seat *to, const struct ksm_seat *from)
 {
 	uint64_t high = ksm_load_acquire(&from->bitmap->high);
+	int r = ksm_seat_make_room(peer, to, high);
+	if (r)
+		return r;
 	ksm_store_release(&to->bitmap->high, high);
 	for (uint64_t word = 0; word < (high + 63) / 64; word++)
 		if (from->bits[word])
 			ksm_store_release(&to->bits[word], from->bits[word]);
 	ksm_add_seqcst(&peer->control->peer_epoch, 1); /* REFS-3: after the bits, see there */
+	return 0;
 }
 
 void ksm_seat_unmap(struct ksm_seat *seat)
@@ -146,15 +182,25 @@ void ksm_seat_keep(struct ksm_peer *peer, struct ksm_seat *seat)
 	madvise(seat->bitmap, ksm_bitmap_bytes(peer->layout.frames), MADV_DONTFORK);
 }
 
+/* A process that has just been born may wait a moment for memory: it would have to end. */
+static void *wait_for_table(size_t nbytes)
+{
+	void *table;
+	for (int attempt = 0; ksm_os_map_table(nbytes, &table); attempt++) {
+		if (attempt == NOWHERE_ATTEMPTS)
+			ksm_panic(__FILE__, __LINE__, "no memory for a process that has no seat");
+		ksm_os_sleep_ns(NOWHERE_PAUSE_NS);
+	}
+	return table;
+}
+
 void ksm_peer_sit_nowhere(struct ksm_peer *peer)
 {
-	void *bitmap, *slot;
-	if (ksm_os_map_table(ksm_bitmap_bytes(peer->layout.frames), &bitmap) ||
-	    ksm_os_map_table(ksm_page_round_up(sizeof(struct ksm_slot)), &slot))
-		ksm_panic(__FILE__, __LINE__, "no memory for a process that has no seat");
+	void *bitmap = wait_for_table(ksm_bitmap_bytes(peer->layout.frames));
+	void *slot = wait_for_table(ksm_page_round_up(sizeof(struct ksm_slot)));
 	peer->seat = (struct ksm_seat){.slot = KSM_NO_SLOT, .bitmap_fd = -1, .bitmap = bitmap};
 	peer->seat.bits = (uint64_t *)((char *)bitmap + KSM_BITMAP_BITS_OFFSET);
-	peer->seat.bitmap->frames = peer->seat.bitmap->high = peer->layout.frames;
+	peer->seat.bitmap->frames = peer->seat.bitmap->high = peer->seat.room = peer->layout.frames;
 	peer->self = slot;
 }
 
@@ -162,4 +208,82 @@ void ksm_peer_sit(struct ksm_peer *peer, const struct ksm_seat *seat)
 {
 	peer->seat = *seat;
 	peer->self = ksm_peer_slot(peer, seat->slot);
+}
+
+/* ---- bits ------------------------------------------------------------------------------------------ */
+
+int ksm_bit_set(struct ksm_peer *peer, ksm_frameno frame)
+{
+	ksm_ensure(frame < peer->layout.frames);
+	int r = ksm_seat_make_room(peer, &peer->seat, (uint64_t)frame + 1);
+	if (r)
+		return r;
+	ksm_raise_release(&peer->seat.bitmap->high, (uint64_t)frame + 1); /* REFS-4 */
+	ksm_or_release(&peer->seat.bits[frame / 64], 1ull << (frame % 64));
+	return 0;
+}
+
+void ksm_bit_clear(struct ksm_peer *peer, ksm_frameno frame)
+{
+	ksm_ensure(frame < peer->layout.frames && peer->counts[frame] == 0); /* REFS-1 */
+	ksm_and_release(&peer->seat.bits[frame / 64], ~(1ull << (frame % 64)));
+}
+
+bool ksm_bit_test(const struct ksm_peer *peer, ksm_frameno frame)
+{
+	return frame < ksm_load_relaxed(&peer->seat.bitmap->high) &&
+	       (ksm_load_relaxed(&peer->seat.bits[frame / 64]) >> (frame % 64) & 1);
+}
+
+uint64_t ksm_bits_of_others(const struct ksm_peer *peer, ksm_frameno frame)
+{
+	uint64_t any = 0;
+	for (size_t i = 0; i < peer->living_count; i++) {
+		const struct ksm_other *other = &peer->others[peer->living[i]];
+		if (peer->living[i] == peer->seat.slot)
+			continue;
+		if (!other->bitmap)
+			return UINT64_MAX; /* REFS-5 */
+		if (frame < KSM_MIN(ksm_load_acquire(&other->bitmap->high), peer->layout.frames))
+			any |= ksm_load_acquire(&other->bits[frame / 64]);
+	}
+	return any;
+}
+
+/* ---- what we are busy with: REFS-7 ------------------------------------------------------------------- */
+
+static uint64_t *busy_bits(const struct ksm_peer *peer, const struct ksm_bitmap *bitmap)
+{
+	size_t half = ksm_bitmap_half(peer->layout.frames);
+	return (uint64_t *)((uintptr_t)bitmap + KSM_BITMAP_BITS_OFFSET + half);
+}
+
+void ksm_busy_set(struct ksm_peer *peer, ksm_frameno frame)
+{
+	ksm_ensure(ksm_bit_test(peer, frame));
+	uint64_t bit = 1ull << (frame % 64);
+	if (ksm_or_release(&busy_bits(peer, peer->seat.bitmap)[frame / 64], bit) & bit)
+		return;
+	ksm_add_relaxed(&peer->seat.bitmap->busy, 1);
+}
+
+void ksm_busy_clear(struct ksm_peer *peer, ksm_frameno frame)
+{
+	ksm_ensure(frame < peer->layout.frames);
+	uint64_t bit = 1ull << (frame % 64);
+	if (ksm_and_release(&busy_bits(peer, peer->seat.bitmap)[frame / 64], ~bit) & bit)
+		ksm_sub_relaxed(&peer->seat.bitmap->busy, 1);
+}
+
+bool ksm_busy_with_others(const struct ksm_peer *peer, ksm_frameno frame)
+{
+	for (size_t i = 0; i < peer->living_count; i++) {
+		const struct ksm_bitmap *bitmap = peer->others[peer->living[i]].bitmap;
+		if (peer->living[i] == peer->seat.slot || !bitmap || !ksm_load_acquire(&bitmap->busy) ||
+		    frame >= ksm_load_acquire(&bitmap->high))
+			continue;
+		if (ksm_load_acquire(&busy_bits(peer, bitmap)[frame / 64]) >> (frame % 64) & 1)
+			return true;
+	}
+	return false;
 }

@@ -26,6 +26,7 @@
  * PAGE-2. Only ksm_region_move() changes a word, along the edges of one table.
  * PAGE-3. Words change under the merge lock. After fork the child's copy is as good as the parent's: its seat holds a
  *         copy of the parent's bits.
+ * PAGE-4. states[] says how many words are in each state.
  */
 #include "region.h"
 
@@ -62,13 +63,13 @@ void ksm_region_fini(struct ksm_region *region)
 {
 	ksm_region_unguard(region);
 	if (region->words)
-		munmap(region->words, ksm_page_round_up(region->room * sizeof(uint64_t)));
+		ksm_os_unmap(region->words, ksm_page_round_up(region->room * sizeof(uint64_t)));
 	region->words = NULL;
 }
 
 enum ksm_page_state ksm_region_state(const struct ksm_region *region, ksm_pageno page)
 {
-	ksm_assert(page < region->room);
+	ksm_ensure(page < region->room);
 	return (enum ksm_page_state)(region->words[page] >> STATE_SHIFT);
 }
 
@@ -104,16 +105,32 @@ bool ksm_region_edge_is_legal(enum ksm_page_state from, enum ksm_page_state to)
 	return from < KSM_PAGE_STATES && to < KSM_PAGE_STATES && (edges[from] >> to & 1);
 }
 
+/* PAGE-1: a page comes to a frame, stays with it and leaves it while a reference is held. */
+static bool refers_rightly(const struct ksm_region *region, ksm_pageno page, enum ksm_page_state from,
+			   enum ksm_page_state to, uint64_t payload)
+{
+	const struct ksm_peer *peer = region->peer;
+	if (to == KSM_PAGE_MERGED)
+		return payload < peer->layout.frames && peer->counts[payload] > 0;
+	if (from != KSM_PAGE_MERGED && from != KSM_PAGE_BROKEN)
+		return true;
+	uint64_t frame = region->words[page] & PAYLOAD_MASK;
+	return frame < peer->layout.frames && peer->counts[frame] > 0 && (to != KSM_PAGE_BROKEN || payload == frame);
+}
+
 void ksm_region_move(struct ksm_region *region, ksm_pageno page, enum ksm_page_state to, uint64_t payload)
 {
 	enum ksm_page_state from = ksm_region_state(region, page);
 	struct ksm_slot *self = region->peer->self;
 	ksm_ensure(ksm_region_edge_is_legal(from, to)); /* PAGE-2 */
+	ksm_ensure(refers_rightly(region, page, from, to, payload));
 	region->words[page] = (uint64_t)to << STATE_SHIFT | (payload & PAYLOAD_MASK);
 	if (from == to)
 		return;
-	if (from != KSM_PAGE_UNKNOWN)
+	if (from != KSM_PAGE_UNKNOWN) {
+		ksm_ensure(region->states[from] > 0); /* PAGE-4 */
 		region->states[from]--;
+	}
 	if (to != KSM_PAGE_UNKNOWN)
 		region->states[to]++;
 	int merged = (to == KSM_PAGE_MERGED) - (from == KSM_PAGE_MERGED);

@@ -45,6 +45,8 @@ struct ksm_region {
 	uint64_t breaks_counted; /* of guard->breaks */
 	uint32_t budget_round;   /* in which its breaks were granted mappings */
 	bool frozen;             /* some page was frozen, ever */
+	bool gone;               /* registered, and the program has unmapped some of it: merged no more (survey.c) */
+	uint64_t strayed;        /* references that are kept for mappings that are somewhere else, or nowhere */
 	struct ksm_hold *holds;
 	uint64_t states[KSM_PAGE_STATES]; /* pages in each state, UNKNOWN not counted */
 };

@@ -14,8 +14,8 @@
  * can kill anybody. Locks are open file description locks far beyond its end; their place is the same in every
  * version of the layout, so that one version can tell whether another lives there.
  *
- * MEET-1. Nothing here is followed through a symbolic link, and nothing is used that another user owns or that
- *         others may open.
+ * MEET-1. Nothing here is followed through a symbolic link, and nothing is used that another user owns, that others may
+ *         open, or that has a second name elsewhere.
  * MEET-2. Listing, creating and joining happen under the join lock. It is waited for, but not for ever.
  * MEET-3. Settings are one record written at once, with a check; a reader that meets a torn one reads again.
  */
@@ -56,6 +56,8 @@ static int check_owner(int fd, mode_t kind)
 		return r;
 	if ((stat.st_mode & S_IFMT) != kind)
 		return kind == S_IFDIR ? -ENOTDIR : KSM_EOWNER;
+	if (kind == S_IFREG && stat.st_nlink > 1) /* some other file of ours: it is not to be written over */
+		return KSM_EOWNER;
 	return stat.st_uid == geteuid() && (stat.st_mode & 077) == 0 ? 0 : KSM_EOWNER;
 }
 
@@ -69,7 +71,7 @@ static int open_directory(int at, const char *name, bool create)
 	int fd = ksm_os_open(at, name, O_RDONLY | O_DIRECTORY, 0);
 	if (fd == -ENOTDIR) { /* a link or something else? */
 		struct stat stat;
-		if (!fstatat(at, name, &stat, AT_SYMLINK_NOFOLLOW) && S_ISLNK(stat.st_mode))
+		if (!ksm_os_stat_at(at, name, &stat) && S_ISLNK(stat.st_mode))
 			return -ELOOP;
 	}
 	if (fd < 0)
@@ -142,9 +144,8 @@ void ksm_rendezvous_close(struct ksm_rendezvous *rendezvous)
 bool ksm_rendezvous_is_gone(const struct ksm_rendezvous *rendezvous)
 {
 	struct stat opened, named;
-	return ksm_os_stat(rendezvous->file, &opened) ||
-	       fstatat(rendezvous->directory, "domain", &named, AT_SYMLINK_NOFOLLOW) || opened.st_ino != named.st_ino ||
-	       opened.st_dev != named.st_dev;
+	return ksm_os_stat(rendezvous->file, &opened) || ksm_os_stat_at(rendezvous->directory, "domain", &named) ||
+	       opened.st_ino != named.st_ino || opened.st_dev != named.st_dev;
 }
 
 /* ---- locks and the head ------------------------------------------------------------------------------ */

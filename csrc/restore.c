@@ -9,21 +9,29 @@
  *    held      the barrier keeps stores away without moving pages (write protection): the same, for pages that nobody
  *              wrote; their bytes come from their frames
  *    parked    every thread is held: the bytes go to a buffer, anonymous memory takes the mapping's place, the bytes come
- *              back. The new mapping joins its neighbours. Where the barrier can hold as well it does, against other
- *              processes' process_vm_writev; then the copy is made elsewhere and moved over the pages
+ *              back. The new mapping joins its neighbours
  *
  * A page broken by a write is anonymous already, inside a file's mapping that still refers to the frame. A direct
  * transfer may be in flight to it, which write protection does not stop; so only the third way takes it, under whose
  * conditions no such transfer exists, or a caller who vouches that there is none.
  *
+ * Threads of other processes are not parked. Where the barrier can hold pages, process_vm_writev is kept away: the
+ * pages have been held for a while ("rested", scan_rest.c) so that no such call is in the middle of its copying, and
+ * are held until the copy, made elsewhere, has been moved over them.
+ *
  * RESTORE-1. A page's reference is put after its mapping is gone, never before.
  * RESTORE-2. Guarded and held: until mremap succeeds the old mapping is complete. Parked: nobody runs who could see the
  *            page half-way, and if the old mapping is gone and no new one can be had the process ends with a message.
+ * RESTORE-3. A page that could be held and is not has been written since, or is about to be: it is not replaced.
+ * RESTORE-4. Registered memory is surveyed first. What is gone keeps its reference (SURVEY-2); if some of it has
+ *            another protection nothing is replaced there, for the new mapping would not have it: KSM_EMEMORY.
  */
 #include "restore.h"
 
 #include "cow.h"
+#include "error.h"
 #include "os.h"
+#include "survey.h"
 
 #include <errno.h>
 #include <string.h>
@@ -31,7 +39,6 @@
 
 #define MOST 512 /* pages at a time */
 #define PARKED_MOST 64
-#define WRITERS_END_NS 20000
 
 static bool is_framed(const struct ksm_region *region, ksm_pageno page)
 {
@@ -80,32 +87,32 @@ static size_t worn_run(const bool *worn, size_t i, size_t count)
 	return n;
 }
 
-/*
- * While all are parked, hold the runs as well, if the barrier can: another process's process_vm_writev waits then, too.
- * One that began before is given the time to end its copying, a microsecond's work. (Not the other way round: a thread
- * of ours in a system call that waits for a held page does not park.)
- */
-static void hold_runs(struct ksm_region *region, struct ksm_barrier *barrier, ksm_pageno first, size_t count,
-		      const bool *worn, bool *held)
+/* RESTORE-3: of the pages that `worn` names, those that can go. 1: some can; 0: none; or an error. */
+static int choose_rested(const struct ksm_region *region, ksm_pageno first, size_t count, const bool *worn,
+			 bool *chosen)
 {
-	if (!barrier->ops || !barrier->ops->hold || barrier->ops == &ksm_barrier_stop)
-		return;
-	for (size_t i = 0, n; i < count; i += n ? n : 1) {
-		n = worn_run(worn, i, count);
-		held[i] = n && !barrier->ops->hold(barrier, ksm_region_page(region, first + i), n);
+	uint16_t kinds[KSM_WINDOW_PAGES];
+	bool any = false;
+	int r = ksm_os_pagemap(region->peer->fds.pagemap, ksm_region_page(region, first), count, kinds);
+	if (r)
+		return r;
+	for (size_t i = 0; i < count; i++) {
+		ksm_pageno page = first + i;
+		chosen[i] = worn[i] && (kinds[i] & KSM_PAGE_HELD) && (kinds[i] & KSM_PAGE_PRESENT) &&
+			    is_framed(region, page) && !ksm_region_is_held(region, page) &&
+			    KSM_GUARD_STATE(ksm_region_guard_of(region, page)) == KSM_GUARD_WRITABLE;
+		any |= chosen[i];
 	}
-	for (uint64_t until = ksm_os_now_ns() + WRITERS_END_NS; ksm_os_now_ns() < until;)
-		;
+	return any;
 }
 
-static void release_runs(struct ksm_region *region, struct ksm_barrier *barrier, ksm_pageno first, size_t count,
-			 const bool *worn, const bool *held)
+/* Everybody is parked. Nobody looks into what is not ours any more. */
+static void choose_ours(const struct ksm_region *region, ksm_pageno first, size_t count, bool *chosen)
 {
-	for (size_t i = 0, n; i < count; i += n ? n : 1) {
-		n = worn_run(worn, i, count);
-		if (held[i] && barrier->ops->release(barrier, ksm_region_page(region, first + i), n))
-			ksm_count(region->peer->self, KSM_FAILURES, 1);
-	}
+	uint8_t found[KSM_WINDOW_PAGES];
+	ksm_survey(region, first, count, found);
+	for (size_t i = 0; i < count; i++)
+		chosen[i] &= found[i] == KSM_SURVEY_OURS;
 }
 
 /* The pages have anonymous memory: RESTORE-1. */
@@ -122,24 +129,35 @@ static void forget_runs(struct ksm_region *region, ksm_pageno first, size_t coun
 	}
 }
 
+bool ksm_must_rest(const struct ksm_region *region, const struct ksm_barrier *barrier)
+{
+	return barrier->ops && barrier->ops->attend && region->peer->fds.pagemap >= 0;
+}
+
 int ksm_give_back(struct ksm_region *region, struct ksm_barrier *barrier, struct ksm_park *park, ksm_pageno first,
 		  size_t count, const bool *worn, char *buffer, uint64_t *given)
 {
-	bool done[KSM_WINDOW_PAGES] = {false}, held[KSM_WINDOW_PAGES] = {false};
+	bool done[KSM_WINDOW_PAGES] = {false}, chosen[KSM_WINDOW_PAGES];
+	bool rested = ksm_must_rest(region, barrier);
+	int any = 1;
 	ksm_ensure(count <= KSM_WINDOW_PAGES);
-	int r = ksm_park_ready(park);
-	if (!r)
+	memcpy(chosen, worn, count * sizeof(*worn));
+	if (rested)
+		any = choose_rested(region, first, count, worn, chosen);
+	int r = any > 0 ? ksm_park_ready(park) : any;
+	if (any > 0 && !r)
 		r = ksm_park_begin(park);
-	if (r)
+	if (any <= 0 || r)
 		return r;
-	hold_runs(region, barrier, first, count, worn, held);
+	if (rested) /* some may have been let go meanwhile */
+		r = KSM_MIN(choose_rested(region, first, count, worn, chosen), 0);
+	choose_ours(region, first, count, chosen);
 	for (size_t i = 0, n; i < count && !r; i += n ? n : 1) {
-		n = worn_run(worn, i, count);
+		n = worn_run(chosen, i, count);
 		if (n)
-			r = replace_parked(region, first + i, n, held[i], buffer);
+			r = replace_parked(region, first + i, n, rested, buffer);
 		memset(done + i, !r, n);
 	}
-	release_runs(region, barrier, first, count, worn, held);
 	ksm_park_end(park);
 	forget_runs(region, first, count, done, given);
 	return r;
@@ -188,7 +206,12 @@ static int replace_claimed(struct ksm_region *region, ksm_pageno page, size_t n,
 {
 	char *at = ksm_region_page(region, page);
 	bool frozen = was & KSM_GUARD_FROZEN, writable = KSM_GUARD_STATE(was) == KSM_GUARD_WRITABLE;
-	int r = writable ? ksm_os_protect(at, n * KSM_PAGE_SIZE, false) : 0;
+	int r = ksm_survey_is_ours(region, page, n) ? 0 : KSM_EMEMORY;
+	if (r) {
+		ksm_guard_set(region->guard, page, n, was);
+		return r;
+	}
+	r = writable ? ksm_os_protect(at, n * KSM_PAGE_SIZE, false) : 0;
 	if (!r)
 		r = ksm_cow_copy_sigsafe(at, n, !frozen, !region->registered);
 	uint8_t then = frozen ? KSM_GUARD_READONLY | KSM_GUARD_FROZEN : KSM_GUARD_OPEN;
@@ -230,7 +253,9 @@ static int fill(struct ksm_region *region, ksm_pageno page, size_t n, const uint
 	for (size_t i = 0, run; i < n; i += run) {
 		run = 1;
 		if (is_broken(kinds[i])) {
-			memcpy(fresh + i * KSM_PAGE_SIZE, ksm_region_page(region, page + i), KSM_PAGE_SIZE);
+			int r = ksm_survey_read(region, page + i, fresh + i * KSM_PAGE_SIZE);
+			if (r)
+				return r;
 			continue;
 		}
 		ksm_frameno frame = ksm_region_frame(region, page + i);
@@ -245,7 +270,8 @@ static int fill(struct ksm_region *region, ksm_pageno page, size_t n, const uint
 }
 
 /* Replace [page, page + n), all held. */
-static int replace_held(struct ksm_region *region, ksm_pageno page, size_t n, const uint16_t *kinds)
+static int replace_held(struct ksm_region *region, struct ksm_barrier *barrier, ksm_pageno page, size_t n,
+			const uint16_t *kinds)
 {
 	void *fresh;
 	int r = ksm_os_map_anon(NULL, n * KSM_PAGE_SIZE, false, false, &fresh);
@@ -253,11 +279,14 @@ static int replace_held(struct ksm_region *region, ksm_pageno page, size_t n, co
 		return r;
 	if (!region->registered)
 		ksm_os_advise(fresh, n * KSM_PAGE_SIZE, MADV_NOHUGEPAGE); /* as its neighbours: they can join */
-	r = fill(region, page, n, kinds, fresh);
+	r = ksm_survey_is_ours(region, page, n) ? fill(region, page, n, kinds, fresh) : KSM_EMEMORY;
+	if (!r && region->registered && barrier->ops->holds &&
+	    !barrier->ops->holds(barrier, ksm_region_page(region, page), n))
+		r = KSM_EMEMORY;
 	if (!r)
 		r = ksm_os_remap(fresh, ksm_region_page(region, page), n * KSM_PAGE_SIZE);
 	if (r) {
-		munmap(fresh, n * KSM_PAGE_SIZE);
+		ksm_os_unmap(fresh, n * KSM_PAGE_SIZE);
 		return r;
 	}
 	ksm_region_forget(region, page, n); /* RESTORE-1 */
@@ -274,11 +303,13 @@ static int kinds_of_held(const struct ksm_region *region, ksm_pageno page, size_
 {
 	int fd = region->peer->fds.pagemap;
 	bool again = false;
+	char byte;
 	int r = ksm_os_pagemap(fd, ksm_region_page(region, page), n, kinds);
 	for (size_t i = 0; i < n && !r; i++) {
 		if (kinds[i] & KSM_PAGE_PRESENT)
 			continue;
-		(void)*(volatile const char *)ksm_region_page(region, page + i);
+		if (!region->registered || ksm_os_read_own(ksm_region_page(region, page + i), &byte, 1) == -ENOSYS)
+			(void)*(volatile const char *)ksm_region_page(region, page + i);
 		again = true;
 	}
 	return r || !again ? r : ksm_os_pagemap(fd, ksm_region_page(region, page), n, kinds);
@@ -305,7 +336,7 @@ static int restore_held(struct ksm_region *region, struct ksm_barrier *barrier, 
 			continue;
 		while (i + run < n && (broken_too || !is_broken(kinds[i + run])))
 			run++;
-		r = replace_held(region, page + i, run, kinds + i);
+		r = replace_held(region, barrier, page + i, run, kinds + i);
 		counts->restored += r ? 0 : run;
 	}
 	int released = barrier->ops->release(barrier, at, n);
@@ -331,35 +362,57 @@ static size_t run_at(const struct ksm_region *region, const struct ksm_barrier *
 	return n;
 }
 
+static size_t framed_run(const struct ksm_region *region, ksm_pageno page, size_t most)
+{
+	size_t n = 0;
+	while (n < most && is_framed(region, page + n))
+		n++;
+	return n;
+}
+
 /* WRITABLE pages only: no handler touches those. */
 static int restore_run(struct ksm_region *region, struct ksm_barrier *barrier, struct ksm_park *park, ksm_pageno page,
 		       size_t n, enum ksm_restore_broken broken, struct ksm_restore_counts *counts)
 {
 	bool holds = barrier->ops && barrier->ops->hold && region->peer->fds.pagemap >= 0;
 	bool own = holds && barrier->ops != &ksm_barrier_stop; /* that one would park as well */
-	int r = own ? restore_held(region, barrier, page, n, false, counts) : 0;
+	int r = 0;
 	for (size_t i = 0, run; i < n && !r; i += run ? run : 1) {
-		for (run = 0; i + run < n && is_framed(region, page + i + run);)
-			run++;
-		if (!run)
-			continue;
-		int parked = park ? restore_parked(region, barrier, park, page + i, run, counts) : -ENOSYS;
-		if (!parked)
-			continue;
-		if (own && broken == KSM_RESTORE_ALWAYS)
-			r = restore_held(region, barrier, page + i, run, true, counts);
-		else if (!own)
-			r = parked;
+		run = framed_run(region, page + i, n - i);
+		int parked = run && park ? restore_parked(region, barrier, park, page + i, run, counts) : -ENOSYS;
+		r = run && !own ? parked : 0;
+	}
+	for (size_t i = 0, run; own && i < n && !r; i += run ? run : 1) { /* after: releasing ends the others' rest */
+		run = framed_run(region, page + i, n - i);
+		if (run)
+			r = restore_held(region, barrier, page + i, run, broken == KSM_RESTORE_ALWAYS, counts);
 	}
 	for (size_t i = 0; i < n; i++)
 		counts->broken += ksm_region_state(region, page + i) == KSM_PAGE_BROKEN;
 	return r;
 }
 
+/* RESTORE-4 */
+static int survey(struct ksm_region *region, ksm_pageno first, size_t count)
+{
+	uint8_t found[KSM_SURVEY_MOST];
+	int r = 0;
+	for (size_t i = 0, n; region->registered && i < count; i += n) {
+		n = KSM_MIN(count - i, (size_t)KSM_SURVEY_MOST);
+		ksm_survey(region, first + i, n, found);
+		ksm_survey_give_up(region, first + i, n, found);
+		for (size_t j = 0; j < n; j++)
+			if (found[j] == KSM_SURVEY_CHANGED && is_framed(region, first + i + j))
+				r = KSM_EMEMORY;
+	}
+	return r;
+}
+
 int ksm_restore(struct ksm_region *region, struct ksm_barrier *barrier, struct ksm_park *park, ksm_pageno first,
 		size_t count, enum ksm_restore_broken broken, struct ksm_restore_counts *counts)
 {
-	int r = 0;
+	int r = survey(region, first, count);
+	barrier->foreign = region->registered;
 	for (ksm_pageno page = first, end = first + count; page < end && !r;) {
 		/* Read once: a store may change it at any time, but from WRITABLE or OPEN. */
 		enum ksm_guard_state state = KSM_GUARD_STATE(ksm_region_guard_of(region, page));

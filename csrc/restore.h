@@ -27,6 +27,8 @@ enum ksm_restore_broken {
 int ksm_restore(struct ksm_region *region, struct ksm_barrier *barrier, struct ksm_park *park, ksm_pageno first,
 		size_t count, enum ksm_restore_broken broken, struct ksm_restore_counts *counts);
 
+/* Must this region's broken pages have been held for a while before they are replaced? Then others are left alone. */
+bool ksm_must_rest(const struct ksm_region *region, const struct ksm_barrier *barrier);
 /*
  * Give the broken pages i of [first, first + count) that `worn` names anonymous memory, all threads parked. buffer: room
  * for `count` pages. *given counts them. Merge lock held; the scanner's thread only. Errors as ksm_park_begin().

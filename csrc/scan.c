@@ -15,6 +15,7 @@
 #include "scan.h"
 
 #include "atomic.h"
+#include "audit.h"
 #include "error.h"
 #include "os.h"
 
@@ -23,6 +24,8 @@
 #include <sys/stat.h>
 
 #define FETCH_TIMEOUT_MS 50
+#define AGAIN_EVERY 64     /* passes of the background between two tries at pages that were refused */
+#define REST_NS 100000000u /* a copying of process_vm_writev is over, even if it lost its processor in the middle */
 
 int ksm_scanner_init(struct ksm_scanner *scanner, struct ksm_peer *peer, struct ksm_index *index,
 		     struct ksm_exchange *exchange)
@@ -33,6 +36,7 @@ int ksm_scanner_init(struct ksm_scanner *scanner, struct ksm_peer *peer, struct 
 	scanner->exchange = exchange;
 	scanner->barrier.uffd = -1;
 	scanner->park.tasks = -1;
+	scanner->rest_ns = REST_NS;
 	return 0;
 }
 
@@ -114,20 +118,23 @@ static int call_between(const struct ksm_scan_between *between)
 /* After a stretch, without the merge lock: the share of time in which threads are held is bounded. */
 static int pause_between(struct ksm_scanner *scanner, const struct ksm_scan_between *between)
 {
-	uint64_t rest = ksm_park_rest_ns(&scanner->park);
-	if (rest)
-		ksm_os_sleep_ns(rest);
+	ksm_scan_pause(scanner);
 	return call_between(between);
 }
 
 static size_t stretch_at(struct ksm_scanner *scanner, struct ksm_region *region, ksm_pageno page, bool force,
 			 struct ksm_merge_counts *counts)
 {
-	size_t used = used_pages(region);
-	size_t count = page < used ? KSM_MIN(used - page, (size_t)KSM_STRETCH) : 0;
+	size_t used = used_pages(region), most = page < used ? ksm_merger_stretch(&scanner->merger) : 0;
+	size_t count = page < used ? KSM_MIN(used - page, most ? most : KSM_STRETCH) : 0;
 	uint64_t before = counts->scanned;
-	if (count)
+	if (count && most) {
 		ksm_merge_stretch(&scanner->merger, region, page, count, force, counts);
+	} else if (count) { /* MERGE-8 */
+		ksm_merge_see_breaks(&scanner->merger, region, page, count);
+		counts->why_not = KSM_EHEADROOM;
+		ksm_count(scanner->peer->self, KSM_WITHHELD, 1);
+	}
 	ksm_count(scanner->peer->self, KSM_PAGES_SCANNED, (int64_t)(counts->scanned - before));
 	return count;
 }
@@ -162,9 +169,22 @@ static void publish_pass(struct ksm_scanner *scanner, const struct ksm_merge_cou
 	ksm_count_set(self, KSM_STOPS, scanner->park.stops);
 	ksm_count_set(self, KSM_PAGES_UNSHARED, counts->unshared);
 	ksm_count_set(self, KSM_PAGES_VOLATILE, counts->written);
-	if (scanner->regions)
+	ksm_merge_lock(scanner->peer);
+	bool any = scanner->regions;
+	ksm_merge_unlock(scanner->peer);
+	if (any)
 		ksm_count(self, KSM_FULL_SCANS, 1);
 	publish_why_not(scanner, counts->why_not);
+}
+
+/* After a pass, when nothing is under way. */
+static void audit(struct ksm_scanner *scanner)
+{
+	if (KSM_ASSERT_LEVEL < 3)
+		return;
+	ksm_merge_lock(scanner->peer);
+	ksm_audit(scanner->peer, scanner->regions);
+	ksm_merge_unlock(scanner->peer);
 }
 
 bool ksm_scan_batch(struct ksm_scanner *scanner, uint64_t pages, uint64_t merges,
@@ -178,6 +198,8 @@ bool ksm_scan_batch(struct ksm_scanner *scanner, uint64_t pages, uint64_t merges
 		scanner->cursor_page = 0;
 		scanner->pass = (struct ksm_merge_counts){0};
 		scanner->pass_changes = ksm_load_seqcst(&scanner->peer->control->changes);
+		scanner->merger.again = scanner->merger.passes % AGAIN_EVERY == AGAIN_EVERY - 1;
+		ksm_scan_forget_worn(scanner);
 	}
 	while (!over && looked < pages && scanner->pass.merged - merged_before < merges) {
 		if (!cursor_settle(scanner)) {
@@ -193,15 +215,19 @@ bool ksm_scan_batch(struct ksm_scanner *scanner, uint64_t pages, uint64_t merges
 		if (stop)
 			break;
 	}
-	if (over) {
-		publish_pass(scanner, &scanner->pass);
-		scanner->merger.passes++;
-	}
 	ksm_merge_unlock(scanner->peer);
-	return over;
+	if (!over)
+		return false;
+	ksm_scan_give_back(scanner, between, &scanner->pass);
+	publish_pass(scanner, &scanner->pass);
+	scanner->merger.passes++;
+	audit(scanner);
+	return true;
 }
 
 #define PATIENT_WITH 4 /* failures to hold threads in a row: a busy machine, perhaps */
+/* Passes that merged nothing and are made again: a scan ends though threads can be stopped only now and then. */
+#define FRUITLESS_MOST 8
 
 /* Could threads not be held, and is that likely to pass? */
 static bool should_retry(const struct ksm_scanner *scanner, const struct ksm_merge_counts *counts)
@@ -241,10 +267,12 @@ int ksm_scan_pass(struct ksm_scanner *scanner, struct ksm_region *only, enum ksm
 {
 	uint64_t changes = ksm_load_seqcst(&scanner->peer->control->changes);
 	uint64_t settle_seq = ksm_load_seqcst(&scanner->peer->control->settle_seq);
+	uint64_t breaks = ksm_counter_of(scanner->peer->self, KSM_COW_BREAKS);
 	struct ksm_merge_counts pass = {0};
 	const char *base = NULL;
 	ksm_pageno page = 0;
 	int stop = 0;
+	ksm_scan_forget_worn(scanner);
 	ksm_merge_lock(scanner->peer);
 	for (struct ksm_region *region; !stop && (region = region_from(scanner, base, only, who));) {
 		if (region->base != base) {
@@ -261,10 +289,15 @@ int ksm_scan_pass(struct ksm_scanner *scanner, struct ksm_region *only, enum ksm
 		stop = pause_between(scanner, between);
 		ksm_merge_lock(scanner->peer);
 	}
+	ksm_merge_unlock(scanner->peer);
+	if (!stop)
+		ksm_scan_give_back(scanner, between, &pass);
 	if (!stop && !only) {
 		publish_pass(scanner, &pass);
 		/* -EAGAIN: no frame could be had, because somebody came whose bitmap we do not have yet */
 		bool idle = progress(&pass) == 0 && pass.why_not != -EAGAIN && !should_retry(scanner, &pass);
+		/* pages that were found broken only now are given back by the next pass, and then merge */
+		idle &= ksm_counter_of(scanner->peer->self, KSM_COW_BREAKS) == breaks;
 		if (who == KSM_SCAN_ALL && idle) {
 			ksm_store_release(&scanner->peer->self->quiet_at, changes);
 			ksm_store_release(&scanner->peer->self->settled_seq, settle_seq);
@@ -272,7 +305,7 @@ int ksm_scan_pass(struct ksm_scanner *scanner, struct ksm_region *only, enum ksm
 	} else if (!stop) {
 		publish_why_not(scanner, pass.why_not);
 	}
-	ksm_merge_unlock(scanner->peer);
+	audit(scanner);
 	counts->scanned += pass.scanned;
 	counts->merged += pass.merged;
 	counts->dropped += pass.dropped;
@@ -288,15 +321,17 @@ int ksm_scan_pass(struct ksm_scanner *scanner, struct ksm_region *only, enum ksm
 int ksm_scan_exhaust(struct ksm_scanner *scanner, struct ksm_region *only, const struct ksm_scan_between *between,
 		     struct ksm_merge_counts *counts, uint64_t *passes)
 {
-	int retries = 8;
+	int retries = FRUITLESS_MOST;
 	for (*passes = 0;;) {
 		uint64_t before = progress(counts);
+		scanner->merger.again = *passes == 0;
 		int stop = ksm_scan_pass(scanner, only, KSM_SCAN_ALL, between, counts);
+		scanner->merger.again = false;
 		(*passes)++;
 		if (stop)
 			return stop;
 		bool idle = progress(counts) == before;
-		if (idle && should_retry(scanner, counts)) {
+		if (idle && should_retry(scanner, counts) && retries-- > 0) {
 			uint64_t now = ksm_os_now_ns(), at = scanner->park.retry_at_ns;
 			ksm_os_sleep_ns(at > now ? at - now : 0);
 			if (call_between(between))
@@ -351,35 +386,6 @@ int64_t ksm_scan_sweep(struct ksm_scanner *scanner, bool all, const struct ksm_s
 	return error && !freed ? error : freed;
 }
 
-#define RESTORE_PAGES 512 /* under one hold of the merge lock */
-#define RESTORE_PATIENCE_NS 3000000000u
-#define RESTORE_PAUSE_NS 100000000u
-
-int ksm_scan_restore(struct ksm_scanner *scanner, struct ksm_region *region, enum ksm_restore_broken broken,
-		     const struct ksm_scan_between *between, struct ksm_restore_counts *counts)
-{
-	struct ksm_park *park = scanner->park.ready ? &scanner->park : NULL;
-	uint64_t patient_until = ksm_os_now_ns() + RESTORE_PATIENCE_NS;
-	size_t used = used_pages(region);
-	int r = 0;
-	for (ksm_pageno page = 0; page < used && !r;) {
-		size_t n = KSM_MIN(used - page, (size_t)RESTORE_PAGES);
-		ksm_merge_lock(scanner->peer);
-		r = ksm_restore(region, &scanner->barrier, park, page, n, broken, counts);
-		ksm_merge_unlock(scanner->peer);
-		uint64_t now = ksm_os_now_ns();
-		if (r == KSM_EUNSTOPPABLE && now < patient_until) { /* somebody waits for this: try again */
-			uint64_t at = scanner->park.retry_at_ns;
-			ksm_os_sleep_ns(at > now ? KSM_MIN(at - now, RESTORE_PAUSE_NS) : 0);
-			r = 0;
-		} else {
-			page += n;
-		}
-		pause_between(scanner, between);
-	}
-	return r;
-}
-
 void ksm_scan_see_breaks(struct ksm_scanner *scanner, struct ksm_region *region, const struct ksm_scan_between *between)
 {
 	size_t used = used_pages(region);
@@ -413,8 +419,8 @@ uint64_t ksm_scan_metadata(struct ksm_scanner *scanner)
 {
 	struct ksm_peer *peer = scanner->peer;
 	struct stat stat;
-	uint64_t nbytes = sizeof(*peer) + sizeof(*scanner) + occupied(peer, peer->others, ksm_peer_table_bytes());
-	nbytes += occupied(peer, peer->counts, ksm_page_round_up(peer->layout.frames * sizeof(uint16_t)));
+	uint64_t nbytes = sizeof(*peer) + sizeof(*scanner) + occupied(peer, peer->living, ksm_peer_table_bytes());
+	nbytes += occupied(peer, peer->counts, ksm_peer_counts_bytes(peer));
 	if (peer->seat.bitmap_fd >= 0 && !ksm_os_stat(peer->seat.bitmap_fd, &stat))
 		nbytes += (uint64_t)stat.st_blocks * 512;
 	nbytes += occupied(peer, scanner->merger.buffer, KSM_STRETCH * KSM_PAGE_SIZE);

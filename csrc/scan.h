@@ -25,6 +25,8 @@ struct ksm_scanner {
 	uint64_t pass_changes;        /* ksm_control.changes when it began */
 	struct ksm_merge_counts pass; /* so far */
 	uint64_t private_pages_seen;  /* in the last complete pass */
+	bool resting;                 /* pages are held, see scan_rest.c */
+	uint64_t rest_ns;             /* for so long */
 };
 
 /* Could anything merge at all? Not if there is no barrier and nothing is frozen. */
@@ -56,6 +58,8 @@ bool ksm_scanner_overlaps(const struct ksm_scanner *scanner, const void *at, siz
 struct ksm_scan_between {
 	int (*call)(void *context);
 	void *context;
+	int (*resting)(
+		void *context); /* the same while pages rest: nothing of the scanner's may be used. NULL: not called */
 };
 
 /* Go on with the background pass for up to `pages` pages or `merges` merges. true: the pass is complete, its counts are
@@ -83,6 +87,21 @@ void ksm_scan_see_breaks(struct ksm_scanner *scanner, struct ksm_region *region,
 /* Make a region private again (see restore.h), taking the merge lock a piece at a time. */
 int ksm_scan_restore(struct ksm_scanner *scanner, struct ksm_region *region, enum ksm_restore_broken broken,
 		     const struct ksm_scan_between *between, struct ksm_restore_counts *counts);
+
+/* The merge lock, for the scanner's thread, pages resting or not. */
+void ksm_scan_lock(struct ksm_scanner *scanner);
+/* Sleep as long as threads must not be parked again. */
+void ksm_scan_pause(struct ksm_scanner *scanner);
+/* Let the worn pages that a pass has noted rest, and give them back. */
+void ksm_scan_give_back(struct ksm_scanner *scanner, const struct ksm_scan_between *between,
+			struct ksm_merge_counts *counts);
+/*
+ * Let the broken pages of `only` (NULL: all regions) rest, where they must before ksm_restore() takes them. Until
+ * ksm_scan_rest_end() the merge lock is taken by ksm_scan_lock(). false: there are more than can rest at once.
+ */
+bool ksm_scan_rest(struct ksm_scanner *scanner, const struct ksm_region *only, const struct ksm_scan_between *between);
+void ksm_scan_rest_end(struct ksm_scanner *scanner);
+void ksm_scan_forget_worn(struct ksm_scanner *scanner);
 
 /* Bytes of private memory the scanner and the regions use for bookkeeping, bitmap included. */
 uint64_t ksm_scan_metadata(struct ksm_scanner *scanner);

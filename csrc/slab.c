@@ -7,8 +7,13 @@
  * beside, never in the pages, so that equal contents give equal pages.
  *
  * SLAB-1. The lowest free object of the lowest slab, always: equal histories give equal layouts.
+ * SLAB-2. A slab of a class is in its list once, by address, linked both ways; what its bitmap says is taken is what is
+ *         counted, and what does not exist is taken for good.
+ * SLAB-3. An object that is handed out lies in its slab and is taken; it is given back once, at the address it had.
  */
 #include "slab.h"
+
+#include "os.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -36,6 +41,20 @@ size_t ksm_slab_pages(unsigned class)
 	return sizes[class] <= 512 ? 1 : 4;
 }
 
+static bool is_valid(const struct ksm_slab *slab, unsigned class)
+{
+	uint64_t taken = 0;
+	for (size_t word = 0; word < KSM_COUNT(slab->taken); word++)
+		taken += (uint64_t)__builtin_popcountll(slab->taken[word]);
+	for (unsigned i = slab->objects; i < KSM_SLAB_OBJECTS; i++)
+		if (!(slab->taken[i / 64] >> (i % 64) & 1))
+			return false;
+	return slab->size == sizes[class] && slab->pages == ksm_slab_pages(class) && slab->objects > 0 &&
+	       slab->objects <= KSM_SLAB_OBJECTS &&
+	       (size_t)slab->objects * slab->size <= slab->pages << KSM_PAGE_SHIFT &&
+	       taken == slab->used + (KSM_SLAB_OBJECTS - slab->objects);
+}
+
 void *ksm_slab_alloc(struct ksm_slabs *slabs, unsigned class, struct ksm_slab **out)
 {
 	for (struct ksm_slab *slab = slabs->classes[class]; slab; slab = slab->next) {
@@ -45,9 +64,11 @@ void *ksm_slab_alloc(struct ksm_slabs *slabs, unsigned class, struct ksm_slab **
 			if (slab->taken[word] == UINT64_MAX)
 				continue;
 			unsigned bit = (unsigned)__builtin_ctzll(~slab->taken[word]);
+			ksm_ensure(word * 64 + bit < slab->objects); /* SLAB-3 */
 			slab->taken[word] |= 1ull << bit;
 			slab->used++;
 			*out = slab;
+			ksm_assert(is_valid(slab, class));
 			return slab->base + (size_t)(word * 64 + bit) * slab->size;
 		}
 	}
@@ -56,7 +77,7 @@ void *ksm_slab_alloc(struct ksm_slabs *slabs, unsigned class, struct ksm_slab **
 
 struct ksm_slab *ksm_slab_add(struct ksm_slabs *slabs, unsigned class, void *base, void *owner)
 {
-	struct ksm_slab *slab = calloc(1, sizeof(*slab));
+	struct ksm_slab *slab = ksm_os_allocate(sizeof(*slab));
 	if (!slab)
 		return NULL;
 	slab->base = base;
@@ -83,9 +104,12 @@ bool ksm_slab_free(struct ksm_slabs *slabs, struct ksm_slab *slab, void *object)
 {
 	size_t index = (size_t)((char *)object - slab->base) / slab->size;
 	uint64_t bit = 1ull << (index % 64);
-	ksm_ensure(index < slab->objects && (slab->taken[index / 64] & bit));
+	ksm_ensure((char *)object >= slab->base && index < slab->objects && slab->used > 0); /* SLAB-3 */
+	ksm_ensure((char *)object == slab->base + index * slab->size && (slab->taken[index / 64] & bit));
 	slab->taken[index / 64] &= ~bit;
-	if (--slab->used)
+	slab->used--;
+	ksm_assert(is_valid(slab, ksm_slab_class(slab->size)));
+	if (slab->used)
 		return false;
 	if (slab->next)
 		slab->next->previous = slab->previous;
@@ -93,5 +117,17 @@ bool ksm_slab_free(struct ksm_slabs *slabs, struct ksm_slab *slab, void *object)
 		slab->previous->next = slab->next;
 	else
 		slabs->classes[ksm_slab_class(slab->size)] = slab->next;
+	return true;
+}
+
+bool ksm_slabs_is_valid(const struct ksm_slabs *slabs)
+{
+	for (unsigned class = 0; class < KSM_SLAB_CLASSES; class ++) {
+		const struct ksm_slab *previous = NULL;
+		for (const struct ksm_slab *slab = slabs->classes[class]; slab; previous = slab, slab = slab->next)
+			if (!is_valid(slab, class) || slab->previous != previous || /* SLAB-2 */
+			    (previous && previous->base + (previous->pages << KSM_PAGE_SHIFT) > slab->base))
+				return false;
+	}
 	return true;
 }

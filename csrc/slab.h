@@ -38,5 +38,7 @@ void *ksm_slab_alloc(struct ksm_slabs *slabs, unsigned class, struct ksm_slab **
 struct ksm_slab *ksm_slab_add(struct ksm_slabs *slabs, unsigned class, void *base, void *owner);
 /* true: that was its last object, and the slab is out of the books; the caller frees its pages and the slab. */
 bool ksm_slab_free(struct ksm_slabs *slabs, struct ksm_slab *slab, void *object);
+/* Are the books right? Walks all slabs. */
+bool ksm_slabs_is_valid(const struct ksm_slabs *slabs);
 
 #endif

@@ -12,6 +12,7 @@
  *
  * SPAN-1. Runs do not overlap and never touch: neighbours are joined when they become free.
  * SPAN-2. Lowest address first, always.
+ * SPAN-3. A run lies inside the area, and is given back once.
  */
 #include "span.h"
 
@@ -27,6 +28,8 @@ struct ksm_span_node {
 	uint64_t page, pages;
 	uint64_t longest; /* run in this subtree */
 };
+
+#define WALKED_MOST 64 /* nodes: books of more are not checked at every step, for that reads all of them */
 
 #define NODES(pages) ((uint32_t)KSM_MIN((pages) / 2 + 16, (size_t)UINT32_MAX - 1))
 
@@ -54,6 +57,7 @@ static uint32_t random32(struct ksm_spans *spans)
 static uint32_t new_node(struct ksm_spans *spans, uint64_t page, uint64_t pages)
 {
 	uint32_t n = spans->unused;
+	ksm_ensure(n <= spans->made);
 	if (n)
 		spans->unused = node(spans, n)->left;
 	else if (spans->made + 1 < spans->room)
@@ -106,7 +110,7 @@ static uint32_t join(struct ksm_spans *spans, uint32_t left, uint32_t right)
 int ksm_spans_init(struct ksm_spans *spans, size_t pages)
 {
 	void *nodes;
-	*spans = (struct ksm_spans){.room = NODES(pages), .seed = 12345};
+	*spans = (struct ksm_spans){.pages = pages, .room = NODES(pages), .seed = 12345};
 	int r = ksm_os_map_table(ksm_page_round_up((size_t)spans->room * sizeof(struct ksm_span_node)), &nodes);
 	if (r)
 		return r;
@@ -118,7 +122,7 @@ int ksm_spans_init(struct ksm_spans *spans, size_t pages)
 void ksm_spans_fini(struct ksm_spans *spans)
 {
 	if (spans->nodes)
-		munmap(spans->nodes, ksm_page_round_up((size_t)spans->room * sizeof(struct ksm_span_node)));
+		ksm_os_unmap(spans->nodes, ksm_page_round_up((size_t)spans->room * sizeof(struct ksm_span_node)));
 	spans->nodes = NULL;
 }
 
@@ -135,11 +139,14 @@ int ksm_span_alloc(struct ksm_spans *spans, size_t pages, ksm_pageno *out)
 			break;
 		else
 			n = at->right;
+		ksm_ensure(n); /* `longest` promised it */
 	}
 	uint64_t page = node(spans, n)->page;
 	split(spans, spans->root, page, &left, &middle);
 	split(spans, middle, page + 1, &middle, &right);
 	struct ksm_span_node *run = node(spans, middle);
+	ksm_ensure(middle && run->page == page && run->pages >= pages); /* SPAN-3 */
+	ksm_ensure(run->pages <= spans->pages - page);
 	*out = page;
 	if (run->pages == pages) {
 		old_node(spans, middle);
@@ -150,6 +157,7 @@ int ksm_span_alloc(struct ksm_spans *spans, size_t pages, ksm_pageno *out)
 		pull(spans, middle);
 	}
 	spans->root = join(spans, join(spans, left, middle), right);
+	ksm_assert(spans->made > WALKED_MOST || ksm_spans_is_valid(spans));
 	return 0;
 }
 
@@ -172,6 +180,7 @@ int ksm_span_free(struct ksm_spans *spans, ksm_pageno page, size_t pages)
 {
 	uint32_t left, right, rest, edge;
 	uint64_t from = page, to = page + pages;
+	ksm_ensure(pages > 0 && page < spans->pages && pages <= spans->pages - page); /* SPAN-3 */
 	split(spans, spans->root, page, &left, &right);
 	uint32_t before = last_of(spans, left), after = first_of(spans, right);
 	ksm_ensure(!before || node(spans, before)->page + node(spans, before)->pages <= from); /* SPAN-1 */
@@ -197,6 +206,7 @@ int ksm_span_free(struct ksm_spans *spans, ksm_pageno page, size_t pages)
 	if (!n)
 		n = new_node(spans, from, to - from);
 	spans->root = join(spans, join(spans, left, n), right);
+	ksm_assert(spans->made > WALKED_MOST || ksm_spans_is_valid(spans));
 	return 0;
 }
 

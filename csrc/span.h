@@ -12,6 +12,7 @@ struct ksm_span_node;
 
 struct ksm_spans {
 	struct ksm_span_node *nodes; /* a table of `room` nodes; node 0 is nobody */
+	uint64_t pages;              /* of the area */
 	uint32_t room;
 	uint32_t root;
 	uint32_t unused; /* list of nodes that are free to use */

@@ -30,6 +30,7 @@ void ksm_stats_of_slot(const struct ksm_slot *slot, struct ksm_stats *out)
 	out->give_backs = ksm_counter_of(slot, KSM_GIVE_BACKS);
 	out->stops = ksm_counter_of(slot, KSM_STOPS);
 	out->suspensions = ksm_counter_of(slot, KSM_SUSPENSIONS);
+	out->withheld = ksm_counter_of(slot, KSM_WITHHELD);
 	out->vmas_used = ksm_counter_of(slot, KSM_VMAS_USED);
 	out->vma_budget = ksm_counter_of(slot, KSM_VMA_BUDGET);
 	out->metadata_bytes = ksm_counter_of(slot, KSM_METADATA_BYTES);
@@ -58,6 +59,7 @@ void ksm_stats_add(struct ksm_stats *sum, const struct ksm_stats *one)
 	sum->give_backs += one->give_backs;
 	sum->stops += one->stops;
 	sum->suspensions += one->suspensions;
+	sum->withheld += one->withheld;
 	sum->vmas_used += one->vmas_used;
 	sum->vma_budget += one->vma_budget;
 	sum->metadata_bytes += one->metadata_bytes;

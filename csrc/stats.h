@@ -30,7 +30,8 @@
 	X(FAILURES)                                                                                                    \
 	X(GIVE_BACKS)                                                                                                  \
 	X(STOPS)                                                                                                       \
-	X(SUSPENSIONS)
+	X(SUSPENSIONS)                                                                                                 \
+	X(WITHHELD)
 
 enum ksm_counter {
 #define KSM_COUNTER_ENUM(name) KSM_##name,

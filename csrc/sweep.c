@@ -8,15 +8,16 @@
  *    1. e0 = peer epoch; list the living by their locks; every one's bitmap must be at hand
  *    2. PUBLISHED and no bit set, or ALLOC / DYING of a dead owner:   CAS ─▶ DYING(me)
  *    3. full fence
- *    4. read all bits again; read the peer epoch again
- *    5. a bit is set, or the epoch is not e0:   DYING ─▶ PUBLISHED, try again later
+ *    4. read all bits again; read the peer epoch again, and list the living again
+ *    5. a bit is set, or the epoch is not e0, or somebody is new:   DYING ─▶ PUBLISHED, try again later
  *    6. else: punch the hole, then one store: FREE, generation + 1
  *
  * Why nobody is hurt. A taker sets its bit, fences, reads the cell (FRAME-3). Either the taker's fence comes first,
  * and then step 4 sees its bit; or the sweeper's comes first, and then the taker sees DYING and misses. A peer that
  * was not listed in step 1 has raised the epoch before it set its first bit (REFS-3): it too either moves the epoch
- * that step 4 reads or sees DYING. A child of fork gets its slot, its lock, a copy of its parent's bits and then a new
- * epoch while the parent holds its merge lock, so the parent's own bits stand until the child's do.
+ * that step 4 reads or sees DYING; and its lock is there to be listed, whatever was scribbled over the epoch. A child of
+ * fork gets its slot, its lock, a copy of its parent's bits and then a new epoch while the parent holds its merge lock,
+ * so the parent's own bits stand until the child's do.
  *
  * SWEEP-1. Only the owner named in a DYING cell moves it; a living owner's cell is left alone however long it takes
  *          (no timeouts: it may be stopped); a dead one's is taken over, by compare-and-swap.
@@ -24,8 +25,11 @@
  * SWEEP-3. What is taken over from a dead owner becomes DYING_RAW and never PUBLISHED again: it may be half written,
  *          or punched. If it cannot be freed now it is left to nobody, for anybody to go on with.
  * SWEEP-4. The sweeper's own bit is set from before DYING until after FREE: an allocator that meets a cell scribbled
- *          over with FREE meanwhile sees it (FRAME-1).
+ *          over with FREE meanwhile sees it (FRAME-1). So is its busy bit: a taker that meets one scribbled over with
+ *          PUBLISHED sees that (REFS-7), for the hole may be punched any moment.
  * SWEEP-5. An owner is a process, not a thread: sweeps of one process follow one another, in its scanner's thread.
+ * SWEEP-6. A frame whose bit of ours has no memory is left for the next sweep, and its chunk stays marked. Within what
+ *          this process refers to, or has referred to, a sweep needs no memory at all.
  *
  * Called by scanners under the merge lock of their process, so our own bits stand still.
  */
@@ -65,47 +69,69 @@ static bool is_ours(const struct ksm_peer *peer, uint64_t cell)
 	return (state == KSM_CELL_DYING || state == KSM_CELL_DYING_RAW) && cell == claim_as(peer, state, cell);
 }
 
-/* Step 2 for one cell: is it ours to free? */
-static bool try_mark(struct ksm_peer *peer, ksm_frameno frame, bool referred)
+/* Step 2 for one cell: is it ours to free? 1, 0, or -ENOMEM: there is no memory for our bit. */
+static int try_mark(struct ksm_peer *peer, ksm_frameno frame, bool referred)
 {
 	uint64_t cell = ksm_load_acquire(&peer->cells[frame]);
 	enum ksm_cell_state to;
 	switch (ksm_cell_state(cell)) {
 	case KSM_CELL_PUBLISHED:
 		if (referred)
-			return false;
+			return 0;
 		to = KSM_CELL_DYING;
 		break;
 	case KSM_CELL_ALLOC:
 	case KSM_CELL_DYING:
 	case KSM_CELL_DYING_RAW:
 		if (!owner_is_dead(peer, cell)) /* SWEEP-1 */
-			return false;
+			return 0;
 		to = KSM_CELL_DYING_RAW; /* SWEEP-3 */
 		break;
 	default:
-		return false;
+		return 0;
 	}
-	ksm_bit_set(peer, frame); /* SWEEP-4 */
+	int r = ksm_bit_set(peer, frame); /* SWEEP-4 */
+	if (r)
+		return r;
+	ksm_busy_set(peer, frame);
 	if (ksm_cas_seqcst(&peer->cells[frame], cell, claim_as(peer, to, cell)))
-		return true;
+		return 1;
+	ksm_busy_clear(peer, frame);
 	ksm_bit_clear(peer, frame);
-	return false;
+	return 0;
 }
 
-/* Frames of this process are left alone: its own bits stand still, for we hold its merge lock. */
-static void mark_chunk(struct ksm_peer *peer, struct doomed *doomed)
+/* Have these 64 cells ever been used? Reading cells that nobody has touched would allocate them. */
+static bool is_used(const struct ksm_peer *peer, ksm_frameno first)
 {
+	uint64_t at = peer->layout.cells + first * sizeof(uint64_t);
+	return ksm_sparse_knows(&peer->cells_there, &peer->cells[first]) ||
+	       ksm_os_seek_data(peer->fds.control, at) == (int64_t)at;
+}
+
+/* Frames of this process are left alone: its own bits stand still, for we hold its merge lock. 0, or what kept some. */
+static int mark_chunk(struct ksm_peer *peer, struct doomed *doomed)
+{
+	int error = 0;
 	for (uint64_t i = 0; i < doomed->count; i += 64) {
-		uint64_t referred = ksm_bits_of_others(peer, (ksm_frameno)(doomed->first + i));
+		ksm_frameno first = (ksm_frameno)(doomed->first + i);
+		int r = is_used(peer, first) ? ksm_sparse_reach(&peer->cells_there, &peer->cells[first]) : 1;
+		if (r) {
+			error = r < 0 ? r : error;
+			continue;
+		}
+		uint64_t referred = ksm_bits_of_others(peer, first);
 		for (uint64_t j = 0; j < 64 && i + j < doomed->count; j++) {
-			ksm_frameno frame = (ksm_frameno)(doomed->first + i + j);
-			if (!peer->counts[frame] && try_mark(peer, frame, referred >> j & 1)) {
+			ksm_frameno frame = (ksm_frameno)(first + j);
+			r = peer->counts[frame] ? 0 : try_mark(peer, frame, referred >> j & 1);
+			if (r > 0) {
 				doomed->bits[i / 64] |= 1ull << j;
 				doomed->marked++;
 			}
+			error = r < 0 ? r : error;
 		}
 	}
+	return error;
 }
 
 /* Not to be freed now. */
@@ -118,6 +144,7 @@ static void spare_frame(struct ksm_peer *peer, ksm_frameno frame)
 		back = ksm_cell_make(KSM_CELL_DYING_RAW, KSM_CELL_NOBODY, 0, ksm_cell_generation(old));
 	if (is_ours(peer, old))
 		ksm_cas_seqcst(&peer->cells[frame], old, back);
+	ksm_busy_clear(peer, frame);
 	ksm_bit_clear(peer, frame);
 }
 
@@ -141,9 +168,12 @@ static bool spare(struct ksm_peer *peer, struct doomed *doomed, bool all)
 /* Step 6 for a run of doomed frames. */
 static int release_run(struct ksm_peer *peer, uint64_t first, uint64_t count)
 {
-	for (uint64_t frame = first; frame < first + count; frame++)
+	for (uint64_t frame = first; frame < first + count; frame++) {
+		/* No page of ours is mapped to it, and it is our bit that keeps others away: REFS-1, SWEEP-4. */
+		ksm_ensure(!peer->counts[frame] && ksm_bit_test(peer, (ksm_frameno)frame));
 		if (!is_ours(peer, ksm_load_acquire(&peer->cells[frame])))
 			return -ESTALE; /* scribbled over */
+	}
 	int r = ksm_os_punch(peer->fds.store, first << KSM_PAGE_SHIFT, count << KSM_PAGE_SHIFT);
 	if (r)
 		return r;
@@ -151,6 +181,7 @@ static int release_run(struct ksm_peer *peer, uint64_t first, uint64_t count)
 		uint64_t old = ksm_load_acquire(&peer->cells[frame]);
 		ksm_cas_seqcst(&peer->cells[frame], old,
 			       ksm_cell_make(KSM_CELL_FREE, 0, 0, ksm_cell_generation(old) + 1));
+		ksm_busy_clear(peer, (ksm_frameno)frame);
 		ksm_bit_clear(peer, (ksm_frameno)frame);
 	}
 	return 0;
@@ -201,12 +232,14 @@ int ksm_sweep_chunk(struct ksm_peer *peer, uint64_t chunk)
 		ksm_chunk_mark(peer, (ksm_frameno)doomed.first);
 		return r;
 	}
-	mark_chunk(peer, &doomed);
+	int error = mark_chunk(peer, &doomed);
+	if (error) /* the next sweep goes on */
+		ksm_chunk_mark(peer, (ksm_frameno)doomed.first);
 	if (!doomed.marked)
-		return 0;
+		return error;
 	ksm_fence_seqcst(); /* step 3; pairs with the one in ksm_frame_take() */
 	bool spared = spare(peer, &doomed, false);
-	bool moved = ksm_load_seqcst(&peer->control->peer_epoch) != peer->living_epoch ||
+	bool moved = ksm_load_seqcst(&peer->control->peer_epoch) != peer->living_epoch || !ksm_peer_nobody_came(peer) ||
 		     ksm_load_seqcst(&peer->control->no_sweep);
 	if (moved)
 		spared |= spare(peer, &doomed, true);
@@ -217,5 +250,5 @@ int ksm_sweep_chunk(struct ksm_peer *peer, uint64_t chunk)
 		ksm_add_seqcst(&peer->control->sweeps, 1);
 		ksm_add_seqcst(&peer->control->frames_freed, (uint64_t)r);
 	}
-	return moved && r == 0 ? -EAGAIN : r;
+	return moved && r == 0 ? -EAGAIN : r ? r : error;
 }

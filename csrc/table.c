@@ -18,12 +18,15 @@
  * TABLE-2. A look-up reads at most levels × 16 words; a scribbled level count is cut to the room there is.
  * TABLE-3. Losing a word, or having one twice, or a stale one, costs time or a missed merge, never a byte:
  *          every user checks what the word promises.
+ * TABLE-4. The page of a bucket is there (SPARSE-1) before its bit says that it was touched.
  *
  * Any thread of any peer may call; no locks.
  */
 #include "table.h"
 
 #include "atomic.h"
+
+#include <errno.h>
 
 unsigned ksm_table_levels(const struct ksm_table *table)
 {
@@ -47,20 +50,26 @@ uint64_t *ksm_table_bucket(const struct ksm_table *table, unsigned level, unsign
 {
 	uint64_t *bucket = bucket_at(table, level, choice, digest);
 	uint64_t page = page_of(table, bucket);
-	return ksm_load_acquire(&table->touched[page / 64]) >> (page % 64) & 1 ? bucket : NULL;
+	const uint64_t *touched = &table->touched[page / 64];
+	if (ksm_sparse_reach(&table->touched_there, touched) || !(ksm_load_acquire(touched) >> (page % 64) & 1))
+		return NULL;
+	return ksm_sparse_reach(&table->words_there, bucket) ? NULL : bucket;
 }
 
-/* The same for writing. */
+/* The same for writing. NULL: there is no memory for it. */
 static uint64_t *touch_bucket(const struct ksm_table *table, unsigned level, unsigned choice, uint64_t digest)
 {
 	uint64_t *bucket = bucket_at(table, level, choice, digest);
 	uint64_t page = page_of(table, bucket), bit = 1ull << (page % 64);
-	if (!(ksm_load_relaxed(&table->touched[page / 64]) & bit))
-		ksm_or_seqcst(&table->touched[page / 64], bit);
+	uint64_t *touched = &table->touched[page / 64];
+	if (ksm_sparse_reach(&table->touched_there, touched) || ksm_sparse_reach(&table->words_there, bucket))
+		return NULL; /* TABLE-4 */
+	if (!(ksm_load_relaxed(touched) & bit))
+		ksm_or_seqcst(touched, bit);
 	return bucket;
 }
 
-/* Into one bucket, if there is room. */
+/* Into one bucket, if there is room. Word 0: only that there is an empty word. */
 static bool insert_here(uint64_t *bucket, uint64_t word, bool (*is_stale)(void *context, uint64_t word), void *context)
 {
 	for (unsigned i = 0; i < KSM_TABLE_BUCKET; i++) {
@@ -92,8 +101,8 @@ static unsigned room_in(const struct ksm_table *table, unsigned level, unsigned 
 	return room;
 }
 
-void ksm_table_insert(struct ksm_table *table, uint64_t digest, uint64_t word,
-		      bool (*is_stale)(void *context, uint64_t word), void *context)
+int ksm_table_insert(struct ksm_table *table, uint64_t digest, uint64_t word,
+		     bool (*is_stale)(void *context, uint64_t word), void *context)
 {
 	unsigned levels = ksm_table_levels(table);
 	for (unsigned level = 0; level < table->levels_max; level++) {
@@ -102,14 +111,27 @@ void ksm_table_insert(struct ksm_table *table, uint64_t digest, uint64_t word,
 			levels = KSM_MAX(ksm_table_levels(table), level + 1);
 		}
 		if (is_there(table, level, 0, digest, word) || is_there(table, level, 1, digest, word))
-			return;
+			return 0;
 		/* Into the emptier one first: then a level is nearly full before anything overflows. */
 		unsigned first = room_in(table, level, 1, digest) > room_in(table, level, 0, digest);
-		for (unsigned n = 0; n < KSM_TABLE_CHOICES; n++)
-			if (insert_here(touch_bucket(table, level, (first + n) % KSM_TABLE_CHOICES, digest), word,
-					is_stale, context))
-				return;
+		bool denied = false;
+		for (unsigned n = 0; n < KSM_TABLE_CHOICES; n++) {
+			uint64_t *bucket = touch_bucket(table, level, (first + n) % KSM_TABLE_CHOICES, digest);
+			if (bucket && insert_here(bucket, word, is_stale, context))
+				return 0;
+			denied |= !bucket;
+		}
+		if (denied) /* a further level would need memory as well */
+			return -ENOMEM;
 	}
 	uint64_t *bucket = touch_bucket(table, table->levels_max - 1, 0, digest);
-	ksm_store_release(&bucket[(digest >> 40) % KSM_TABLE_BUCKET], word);
+	if (bucket && word)
+		ksm_store_release(&bucket[(digest >> 40) % KSM_TABLE_BUCKET], word);
+	return bucket ? 0 : -ENOMEM;
+}
+
+int ksm_table_make_room(struct ksm_table *table, uint64_t digest, bool (*is_stale)(void *context, uint64_t word),
+			void *context)
+{
+	return ksm_table_insert(table, digest, 0, is_stale, context);
 }

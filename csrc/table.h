@@ -6,26 +6,31 @@
 #define KSM_TABLE_H
 
 #include "layout.h"
+#include "sparse.h"
 
 struct ksm_table {
 	uint64_t *words;      /* in shared memory, ksm_table_words(levels_max) of them */
 	uint64_t *touched;    /* in shared memory: a bit for each page of words */
 	uint32_t *levels_now; /* in shared memory: levels in use */
 	unsigned levels_max;
+	struct ksm_sparse words_there, touched_there;
 };
 
 /* Levels in use, at least one, never beyond the room there is, whatever a confused peer has written. */
 unsigned ksm_table_levels(const struct ksm_table *table);
 
 /* One of the KSM_TABLE_CHOICES buckets (KSM_TABLE_BUCKET words each) in which a digest may lie in one level; NULL: there
- * is nothing there, nor in the whole page of it. */
+ * is nothing there, nor in the whole page of it, or its page cannot be had. */
 uint64_t *ksm_table_bucket(const struct ksm_table *table, unsigned level, unsigned choice, uint64_t digest);
 
 /*
  * Place a word: over an empty one or one that is_stale() says nobody needs; else in a new level; in a full table
- * over some other word. A word already there in full is not placed again. Words are never 0.
+ * over some other word. A word already there in full is not placed again. Words are never 0. -ENOMEM: it has no place.
  */
-void ksm_table_insert(struct ksm_table *table, uint64_t digest, uint64_t word,
-		      bool (*is_stale)(void *context, uint64_t word), void *context);
+int ksm_table_insert(struct ksm_table *table, uint64_t digest, uint64_t word,
+		     bool (*is_stale)(void *context, uint64_t word), void *context);
+/* Look for such a place, and leave it empty: the next one who inserts finds it without asking for memory. */
+int ksm_table_make_room(struct ksm_table *table, uint64_t digest, bool (*is_stale)(void *context, uint64_t word),
+			void *context);
 
 #endif

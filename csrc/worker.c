@@ -62,6 +62,20 @@ void ksm_worker_fini(struct ksm_worker *worker)
 	pthread_cond_destroy(&worker->changed);
 }
 
+static void note_own_memory(struct ksm_worker *worker)
+{
+	struct ksm_range *own = worker->member.peer.own;
+	pthread_attr_t attributes;
+	void *stack = NULL;
+	size_t nbytes = 0;
+	if (!pthread_getattr_np(pthread_self(), &attributes)) {
+		pthread_attr_getstack(&attributes, &stack, &nbytes);
+		pthread_attr_destroy(&attributes);
+	}
+	own[KSM_OWN_STACK] = (struct ksm_range){stack, nbytes};
+	own[KSM_OWN_WORKER] = (struct ksm_range){worker, sizeof(*worker)};
+}
+
 static void *thread_main(void *argument)
 {
 	struct ksm_worker *worker = argument;
@@ -69,6 +83,7 @@ static void *thread_main(void *argument)
 	pthread_setname_np(pthread_self(), "ksmalloc");
 	ksm_park_exempt(true);
 	ksm_os_mask_sigsafe(~C_LIBRARYS_OWN);
+	note_own_memory(worker);
 	int r = ksm_member_own_table(member);
 	if (!r) {
 		worker->signal = ksm_os_signalfd(KSM_WAKE_SIGNAL);
@@ -122,14 +137,11 @@ static int start_locked(struct ksm_worker *worker)
 		pthread_cond_wait(&worker->changed, &worker->queue);
 	pthread_mutex_unlock(&worker->queue);
 	worker->running = true;
-	ksm_member_drop_seeds(&worker->member, resumes);
 	if (worker->start_result) {
 		pthread_join(worker->thread, NULL);
 		worker->running = false;
-		worker->member.lost = worker->member.joined;
-		if (worker->member.lost)
-			ksm_member_forget_table(&worker->member);
 	}
+	ksm_member_started(&worker->member, resumes, worker->start_result);
 	return worker->start_result;
 }
 
@@ -144,7 +156,7 @@ int ksm_worker_start(struct ksm_worker *worker)
 /* The thread runs, life is held. */
 static void kick(struct ksm_worker *worker)
 {
-	if (!ksm_exchange_acqrel(&worker->kicks, 1) && pthread_kill(worker->thread, KSM_WAKE_SIGNAL))
+	if (!ksm_exchange_acqrel(&worker->kicks, 1) && ksm_os_thread_kick(worker->thread, KSM_WAKE_SIGNAL))
 		ksm_store_release(&worker->kicks, 0);
 }
 
@@ -266,6 +278,7 @@ void ksm_worker_fork_child(struct ksm_worker *worker)
 		ksm_member_fork_child(&worker->member);
 	else
 		ksm_merge_lock_renew(&worker->member.peer);
+	pthread_mutex_unlock(&worker->life); /* this thread has held it since before the fork */
 	init_locks(worker);
 	worker->running = false;
 	worker->calls = NULL;

@@ -40,7 +40,7 @@ struct ksm_worker {
 	/* the thread's own */
 	int signal;
 	bool shy;
-	uint64_t served_ns, looked_ns, counted_ns, settle_until_ns, hinted_ns, rest_ns;
+	uint64_t served_ns, looked_ns, counted_ns, settle_until_ns, hinted_ns, rest_ns, disturbed_ns;
 	uint64_t settle_beats, hint_changes;
 	struct ksm_settings settings;
 };

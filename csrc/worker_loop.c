@@ -11,6 +11,7 @@
 #include "os.h"
 
 #include <poll.h>
+#include <sys/mman.h>
 
 #define MS 1000000ull
 #define SERVE_EVERY_NS (2 * MS)
@@ -21,6 +22,7 @@
 #define SHY_NAP_NS (20 * MS)
 #define HANDLER_EVERY_NS (50 * MS)
 #define FOLLOW_AGAIN_NS (2000 * MS)
+#define DISTURB_EVERY_NS (1000 * MS)
 
 static struct ksm_worker *worker_of(struct ksm_member *member)
 {
@@ -42,7 +44,7 @@ static int between(void *context)
 
 struct ksm_scan_between ksm_worker_between(struct ksm_member *member)
 {
-	return (struct ksm_scan_between){between, worker_of(member)};
+	return (struct ksm_scan_between){between, worker_of(member), between};
 }
 
 /* Between the stretches of the background pass: calls go first. */
@@ -50,6 +52,19 @@ static int between_background(void *context)
 {
 	struct ksm_worker *worker = context;
 	return between(context) || ksm_load_relaxed(&worker->waiting);
+}
+
+/* While pages rest, in the background: a call ends that at once, but not again and again, or none would ever be given back. */
+static int between_rest(void *context)
+{
+	struct ksm_worker *worker = context;
+	uint64_t now = ksm_os_now_ns();
+	if (between(context))
+		return 1;
+	if (!ksm_load_relaxed(&worker->waiting) || now - worker->disturbed_ns < DISTURB_EVERY_NS)
+		return 0;
+	worker->disturbed_ns = now;
+	return 1;
 }
 
 /* ---- the loop --------------------------------------------------------------------------------------------- */
@@ -88,7 +103,7 @@ static void look_around(struct ksm_worker *worker, uint64_t now)
 	if (now - worker->looked_ns < LOOK_EVERY_NS)
 		return;
 	worker->looked_ns = now;
-	struct ksm_scan_between hook = {between, worker};
+	struct ksm_scan_between hook = {between, worker, between};
 	if (!ksm_scan_know_peers(scanner) && ksm_chunks_any(&worker->member.peer))
 		ksm_scan_sweep(scanner, false, &hook);
 	ksm_count_set(worker->member.peer.self, KSM_METADATA_BYTES, ksm_scan_metadata(scanner));
@@ -123,7 +138,8 @@ static void give_hints(struct ksm_worker *worker, uint64_t now)
 	worker->hinted_ns = now;
 	for (size_t i = 0; i < peer->living_count; i++) {
 		ksm_slotno slot = peer->living[i];
-		if (slot != peer->seat.slot && ksm_load_relaxed(&ksm_peer_slot(peer, slot)->sleeping))
+		const struct ksm_slot *other = slot == peer->seat.slot ? NULL : ksm_peer_slot(peer, slot);
+		if (other && ksm_load_relaxed(&other->sleeping))
 			ksm_exchange_wake(peer, slot);
 	}
 }
@@ -170,6 +186,20 @@ static bool is_quiet(const struct ksm_peer *peer)
 	       ksm_load_acquire(&peer->self->settled_seq) == ksm_load_seqcst(&peer->control->settle_seq);
 }
 
+#define STACK_KEPT KSM_PAGE_SIZE /* below this frame: of whoever is called from here */
+
+/* Nothing is to be done for a while: give memory back that only passes need. The deepest of them is over, and what lies in
+ * our stack below here means nothing any more. */
+static void rest(struct ksm_worker *worker)
+{
+	const struct ksm_range *stack = &worker->member.peer.own[KSM_OWN_STACK];
+	uintptr_t from = ksm_page_round_up((uintptr_t)stack->at), here = (uintptr_t)__builtin_frame_address(0);
+	uintptr_t to = (here - STACK_KEPT) & ~(uintptr_t)(KSM_PAGE_SIZE - 1);
+	ksm_merger_rest(&worker->member.scanner.merger);
+	if (stack->at && here < (uintptr_t)stack->at + stack->nbytes && to > from)
+		ksm_os_advise((void *)from, to - from, MADV_DONTNEED);
+}
+
 /* Is somebody settling? Then passes are made at once, ignoring age, until this peer is quiet. */
 static bool settle(struct ksm_worker *worker, uint64_t now)
 {
@@ -183,11 +213,12 @@ static bool settle(struct ksm_worker *worker, uint64_t now)
 		return false;
 	if (!is_quiet(peer)) {
 		struct ksm_merge_counts counts = {0};
-		struct ksm_scan_between hook = {between_settle, worker};
+		struct ksm_scan_between hook = {between_settle, worker,
+						between}; /* whoever settles calls all the time */
 		ksm_scan_pass(&worker->member.scanner, NULL, KSM_SCAN_ALL, &hook, &counts);
 		worker->looked_ns = 0;
 		if (worker->member.joined && is_quiet(peer))
-			ksm_merger_rest(&worker->member.scanner.merger);
+			rest(worker);
 		else if (ksm_park_ready(&worker->member.scanner.park)) /* threads could not be held; soon again */
 			nap(worker, 2 * MS);
 	}
@@ -202,14 +233,14 @@ static void rest_longer(struct ksm_worker *worker, const struct ksm_merge_counts
 	uint64_t pause = KSM_MAX(worker->settings.sleep_millisecs * MS, MS);
 	worker->rest_ns = idle ? KSM_MIN(KSM_MAX(worker->rest_ns * 2, pause), LONGEST_REST_NS) : 0;
 	if (idle)
-		ksm_merger_rest(&worker->member.scanner.merger);
+		rest(worker);
 }
 
 /* A batch of the background pass. Returns how long to sleep. */
 static uint64_t work(struct ksm_worker *worker)
 {
 	struct ksm_scanner *scanner = &worker->member.scanner;
-	struct ksm_scan_between hook = {between_background, worker};
+	struct ksm_scan_between hook = {between_background, worker, between_rest};
 	uint64_t pause = worker->settings.sleep_millisecs * MS;
 	if (!worker->settings.run || !ksm_scanner_has_work(scanner))
 		return LOOK_EVERY_NS;
