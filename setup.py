@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from glob import glob
 from pathlib import Path
@@ -21,6 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 WARNINGS = ["-Wall", "-Wextra"] + (["-Werror"] if os.environ.get("KSMALLOC_WERROR") == "1" else [])
 FLAGS = ["-std=gnu11", "-D_GNU_SOURCE", "-O2", "-g", "-fvisibility=hidden", "-pthread", "-iquote", "csrc"]
+MORE = shlex.split(os.environ.get("KSMALLOC_CFLAGS", ""))  # for tests: sanitizers, system calls that fail
 
 
 def is_core(path: str) -> bool:
@@ -54,8 +56,8 @@ def core() -> Any:
             "ksmalloc._core",
             sources=["ksmalloc/_core.pyx", *sorted(filter(is_core, glob("csrc/*.c")))],
             depends=sorted(glob("csrc/*.h")),
-            extra_compile_args=FLAGS,
-            extra_link_args=["-pthread", "-Wl,-z,now"],  # nothing is looked up while threads are held
+            extra_compile_args=FLAGS + MORE,
+            extra_link_args=["-pthread", "-Wl,-z,now", *MORE],  # nothing is looked up while threads are held
         ),
         build_dir="build",
         language_level=3,

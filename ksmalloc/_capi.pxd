@@ -67,6 +67,7 @@ cdef extern from "ksmalloc.h" nogil:
         uint64_t give_backs
         uint64_t stops
         uint64_t suspensions
+        uint64_t withheld
         uint64_t vmas_used
         uint64_t vma_budget
         uint64_t saved_bytes
@@ -175,6 +176,7 @@ cdef extern from "ksmalloc.h" nogil:
 
     # ---- signals
     int ksm_process_stop_signal(int signal)
+    void ksm_process_before_exec()
     int ksm_process_handler_reinstall()
     void ksm_process_handler_popped()
 

@@ -7,8 +7,10 @@
 """
 cimport cython
 from cpython cimport buffer as py
+from cpython.ref cimport PyObject
 from libc.errno cimport EINVAL
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
+from libc.string cimport strcmp
 
 from ksmalloc cimport _capi as c
 

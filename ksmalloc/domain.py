@@ -129,7 +129,8 @@ class Domain:
     def sweep(self) -> int:
         """Look at every frame now and free those that nobody refers to; returns how many were freed.
 
-        Scanners do this by themselves from time to time. The GIL is released meanwhile.
+        Scanners do this by themselves from time to time. The GIL is released meanwhile. Errors:
+        BlockingIOError (processes came and went all the while; the next call may succeed).
         """
         return self._membership().sweep()
 

@@ -16,7 +16,8 @@ class Error(Exception):
 
 
 class Unsupported(Error, ImportError):
-    """ksmalloc cannot work here: not Linux 5.10 or later, or another page size. Importing raises it."""
+    """ksmalloc cannot work here: not Linux 5.10 or later, or another page size, which importing raises; or
+    there is no /proc, which joining a domain raises."""
 
 
 class LayoutError(Error):
@@ -38,6 +39,10 @@ class BarrierError(Error):
 class HandlerError(Error):
     """A store into a read-only page would kill the process: another SIGSEGV handler stands in the place of
     ksmalloc's, or a thread blocks the signal."""
+
+
+class HeadroomError(Error, MemoryError):
+    """A control group of the process is so near its memory limit that the kernel might kill somebody."""
 
 
 class BackingError(Error):
@@ -81,6 +86,8 @@ _TYPES: dict[str, type[Exception]] = {
     "KSM_EOVERLAP": RegisterError,
     "KSM_ESMALL": RegisterError,
     "KSM_ECORRUPT": CorruptError,
+    "KSM_EHEADROOM": HeadroomError,
+    "KSM_ENOPROC": Unsupported,
 }
 _FIRST_PRIVATE = -4096  # the kernel's codes lie between this and 0
 

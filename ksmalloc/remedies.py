@@ -180,7 +180,8 @@ def _tracking(facts: Facts) -> Missing | None:
         return None
     if not facts.dumpable:
         reason = (
-            "the process is not dumpable since it changed its user, so /proc/self/pagemap is closed to it"
+            "the process is not dumpable, since it changed its user or asked for it, so "
+            "/proc/self/pagemap is closed to it"
         )
         return Missing("tracking pagemap", reason, DUMPABLE)
     if facts.pagemap == "ENOENT":

@@ -52,6 +52,8 @@ class Stats:
     """Times that all threads were held, ever (`barrier` ``"stop"``, and giving back)."""
     suspensions: int
     """Times that ksmalloc's SIGSEGV handler was found displaced, or the signal blocked by a thread, ever."""
+    withheld: int
+    """Stretches of pages not looked at because a control group was at its memory limit, ever."""
     vmas_used: int
     """Memory mappings that merging costs now (of a domain: the sum)."""
     vma_budget: int
