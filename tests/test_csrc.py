@@ -1,6 +1,6 @@
 """The core's own tests: every case of every tests/csrc/test_*.c is one item here, in a process of its own.
 
-KSMALLOC_TEST_CFLAGS adds flags, for sanitizers (see `make asan`).
+Under a sanitizer, or valgrind, if KSMALLOC_SANITIZER says so (see sankit.py, `make asan`).
 """
 
 from __future__ import annotations
@@ -8,23 +8,21 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shlex
 import signal
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import buildkit
 import pytest
+import sankit
 
-ROOT = Path(__file__).resolve().parent.parent
-CSRC = ROOT / "csrc"
-PROGRAMS = ROOT / "tests" / "csrc"
+CSRC = buildkit.CSRC
+PROGRAMS = buildkit.ROOT / "tests" / "csrc"
 LIMIT = 60  # HARNESS_LIMIT of harness.h
-FLAGS = shlex.split(
-    "-std=gnu11 -D_GNU_SOURCE -O1 -g -Wall -Wextra -Werror -fvisibility=default -pthread"
-    " -DKSM_FAULTS -DKSM_ASSERT_LEVEL=2"
-) + shlex.split(os.environ.get("KSMALLOC_TEST_CFLAGS", ""))
+PATIENCE = 4  # HARNESS_PATIENCE
+HERE = sankit.tool()  # everything runs under it
+FLAGS = ("-O1", "-fvisibility=default", *buildkit.SWITCHES, *buildkit.AUDITED)
 
 
 class Case(NamedTuple):
@@ -40,26 +38,10 @@ def cases_in(program: Path) -> list[Case]:
     return [Case(program, name, int(limit or LIMIT)) for name, limit in found]
 
 
-def cc(*arguments: str | Path) -> None:
-    command = [os.environ.get("CC", "cc"), *FLAGS, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    if done.returncode != 0:
-        pytest.fail(f"{shlex.join(command)}\n{done.stderr}", pytrace=False)
-
-
-def is_core(source: Path) -> bool:
-    has_main = re.search(r"^int\s+main\s*\(", source.read_text(encoding="utf-8"), re.MULTILINE)
-    return source.name != "preload.c" and not has_main
-
-
 @pytest.fixture(scope="session")
 def core(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The core's objects, with assertions and fault injection compiled in."""
-    out = tmp_path_factory.mktemp("core")
-    sources = [source for source in sorted(CSRC.glob("*.c")) if is_core(source)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda source: cc("-c", source, "-o", out / f"{source.stem}.o"), sources))
-    return sorted(out.glob("*.o"))
+    return buildkit.compile_all(buildkit.core_sources(), tmp_path_factory.mktemp("core"), *FLAGS)
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +57,33 @@ def executable(
     source = case.program
     if source not in programs:
         target = tmp_path_factory.mktemp("programs") / source.stem
-        cc("-iquote", CSRC, "-iquote", PROGRAMS, source, *core, "-o", target)
+        buildkit.cc(*FLAGS, "-iquote", CSRC, "-iquote", PROGRAMS, source, *core, "-o", target)
         programs[source] = target
     return programs[source]
 
 
-def run(executable: Path, *arguments: str, limit: float) -> subprocess.CompletedProcess[str]:
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    reports: str  # of a sanitizer
+
+    def why_bad(self) -> str | None:
+        if self.returncode < 0:
+            why = f"killed by {signal.Signals(-self.returncode).name}"
+        elif self.returncode:
+            why = f"status {self.returncode}"
+        else:
+            why = "a report" if self.reports or "runtime error:" in self.stdout else ""
+        return f"{why}\n{self.stdout}{self.reports}" if why else None
+
+
+def run(executable: Path, *arguments: str, limit: float, under: sankit.Tool | None = HERE) -> Done:
     """Run a program in a session of its own; kill what it leaves behind."""
+    reports = sankit.Reports(under)
+    limit *= under.slower if under else 1
     with subprocess.Popen(
-        [executable, *arguments],
+        reports.command(executable, *arguments),
+        env=reports.environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -98,19 +98,18 @@ def run(executable: Path, *arguments: str, limit: float) -> subprocess.Completed
             output += f"\nno end within {limit} s"
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    return subprocess.CompletedProcess(process.args, process.returncode, output)
+    return Done(process.returncode, output, reports.collect())
 
 
 ALL = [case for program in sorted(PROGRAMS.glob("test_*.c")) for case in cases_in(program)]
+RUN = [case for case in ALL if not sankit.why_left_out(HERE, case.program.stem, case.name)]
 
 
-@pytest.mark.parametrize("case", ALL, ids=lambda case: f"{case.program.stem}-{case.name}")
+@pytest.mark.timeout(0)  # every case has its limit
+@pytest.mark.parametrize("case", RUN, ids=lambda case: f"{case.program.stem}-{case.name}")
 def test_case(case: Case, executable: Path) -> None:
-    done = run(executable, "--run", case.name, limit=case.limit + 5)
-    if done.returncode < 0:
-        pytest.fail(f"killed by {signal.Signals(-done.returncode).name}\n{done.stdout}", pytrace=False)
-    if done.returncode != 0:
-        pytest.fail(f"status {done.returncode}\n{done.stdout}", pytrace=False)
+    if why := run(executable, "--run", case.name, limit=case.limit * PATIENCE + 5).why_bad():
+        pytest.fail(why, pytrace=False)
 
 
 HARNESS_PROGRAM = """
@@ -163,7 +162,7 @@ def harness_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("harness")
     source = folder / "test_harness.c"
     source.write_text(HARNESS_PROGRAM, encoding="utf-8")
-    cc("-iquote", PROGRAMS, source, "-o", folder / "test_harness")
+    buildkit.cc(*FLAGS, "-iquote", PROGRAMS, source, "-o", folder / "test_harness")
     return folder / "test_harness"
 
 
@@ -182,7 +181,7 @@ def test_harness_runs_each_case_in_its_own_process(harness_program: Path) -> Non
         "FAILED  fails: status 1",
         "not true: 1 + 1 == 3 (2, 3)",
         "FAILED  dies: Aborted",
-        "FAILED  hangs: no end within 1 s",
+        f"FAILED  hangs: no end within {PATIENCE * (HERE.slower if HERE else 1)} s",
         "FAILED  child_fails: status 1",
         "ok      child_killed (",
         "6 cases, 4 failed",

@@ -12,7 +12,7 @@ MAX_LINES = 450
 SMALL = 30  # a .c file this short needs no DOC block
 EVERYBODYS = "ksmalloc.h"  # types only, so every floor may include it
 # os_uffd.c is a part of os.h
-WHOLES = ("arena", "barrier", "domain", "member", "merge", "os", "peer", "worker")
+WHOLES = ("arena", "barrier", "domain", "member", "merge", "os", "peer", "scan", "worker")
 
 
 def expand(pattern: str) -> list[str]:

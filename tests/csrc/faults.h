@@ -212,7 +212,7 @@ KIT void fault_run(const struct work *work, const struct fault *fault, uint32_t 
 	char domain[32];
 	snprintf(domain, sizeof(domain), "w%d", (int)getpid());
 	members_forget();
-	alarm(20);
+	alarm((unsigned)harness_limit(20));
 	world_create(&w, domain, work->barrier);
 	if (work->prepare)
 		work->prepare(&w);
@@ -291,6 +291,13 @@ KIT bool walk_takes(uint32_t number, uint32_t calls)
 
 static const int fault_errors[] = {-ENOMEM, -EAGAIN, -EBUSY, -EEXIST, -EPERM, -ENOSPC, -EINTR, -EINVAL};
 
+/* On a machine that is so many times slower only every so manieth is tried; an odd number, to see every error and number. */
+KIT bool walk_samples(void)
+{
+	static unsigned tried;
+	return tried++ % ((unsigned)harness_slower() | 1) == 0;
+}
+
 /* excluded(fault): is this one known to end the process, as its source says? */
 KIT void walk_all(const struct work *work, bool (*excluded)(const struct fault *))
 {
@@ -311,7 +318,7 @@ KIT void walk_all(const struct work *work, bool (*excluded)(const struct fault *
 						      fault_errors[i / 2]};
 				/* It is tried again for a while, whatever the error: once is enough. */
 				bool slow = fault.call == KSM_OS_ADVISE && i % 2 && (i / 2 || number);
-				if (!slow && (!excluded || !excluded(&fault)))
+				if (!slow && (!excluded || !excluded(&fault)) && walk_samples())
 					walk_start(&walk, &fault);
 			}
 		}

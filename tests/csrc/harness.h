@@ -16,6 +16,10 @@
  *
  * A case passes when it returns. The first CHECK that fails prints where and ends the process it runs in with
  * status 1. So a case that forks looks at its child's end: CHECK_CHILD(pid), or CHECK_KILLED(pid, signal).
+ *
+ * A limit only keeps a test from hanging for ever; none measures anything. So each is HARNESS_PATIENCE times longer than it
+ * says, because a machine may have other things to do; and KSMALLOC_TEST_SLOWER times longer still, which says how many
+ * times slower than others this machine is (an emulated one, or under a sanitizer).
  */
 #ifndef KSM_TESTS_HARNESS_H
 #define KSM_TESTS_HARNESS_H
@@ -36,6 +40,7 @@
 #include <unistd.h>
 
 #define HARNESS_LIMIT 60 /* seconds a case may take, unless TEST_LIMIT says otherwise */
+#define HARNESS_PATIENCE 4
 
 struct harness_case {
 	const char *name;
@@ -43,6 +48,18 @@ struct harness_case {
 	unsigned limit;
 	struct harness_case *next;
 };
+
+__attribute__((unused)) static double harness_slower(void)
+{
+	const char *slower = getenv("KSMALLOC_TEST_SLOWER");
+	return slower && atof(slower) > 1 ? atof(slower) : 1;
+}
+
+/* Seconds that are to be waited at most, on this machine. */
+__attribute__((unused)) static double harness_limit(double seconds)
+{
+	return seconds * HARNESS_PATIENCE * harness_slower();
+}
 
 static struct harness_case *harness_cases, **harness_tail = &harness_cases;
 
@@ -141,6 +158,26 @@ __attribute__((no_sanitize_address)) const char *__asan_default_options(void)
 }
 #endif
 
+#ifdef __SANITIZE_THREAD__
+#include <pthread.h>
+
+/* The thread sanitizer makes a thread of its own together with the first other one, and it blocks every signal. Here it
+ * is made, and sent away for good. */
+void __sanitizer_sandbox_on_notify(void *);
+static void *harness_nothing(void *argument)
+{
+	return argument;
+}
+
+__attribute__((constructor)) static void harness_alone(void)
+{
+	pthread_t thread;
+	pthread_create(&thread, NULL, harness_nothing, NULL);
+	pthread_join(thread, NULL);
+	__sanitizer_sandbox_on_notify(NULL);
+}
+#endif
+
 /* ---- the program --------------------------------------------------------------------------------------------- */
 
 static double harness_now(void)
@@ -164,7 +201,7 @@ static int harness_run_child(const struct harness_case *one)
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
 		if (getppid() != parent)
 			_exit(1);
-		alarm(one->limit);
+		alarm((unsigned)harness_limit(one->limit));
 		one->run();
 		exit(0);
 	}
@@ -172,7 +209,7 @@ static int harness_run_child(const struct harness_case *one)
 	setpgid(pid, pid);
 	/* The alarm ends a case; this deadline ends one that blocks or catches it. */
 	while (waitpid(pid, &status, WNOHANG) == 0) {
-		if (harness_now() - start > one->limit + 5)
+		if (harness_now() - start > harness_limit(one->limit) + 5)
 			kill(pid, SIGKILL);
 		nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
 	}
@@ -180,7 +217,7 @@ static int harness_run_child(const struct harness_case *one)
 	if (status == 0)
 		printf("ok      %s (%.2f s)\n", one->name, harness_now() - start);
 	else if (WIFSIGNALED(status) && WTERMSIG(status) == SIGALRM)
-		printf("FAILED  %s: no end within %u s\n", one->name, one->limit);
+		printf("FAILED  %s: no end within %.0f s\n", one->name, harness_limit(one->limit));
 	else if (WIFSIGNALED(status))
 		printf("FAILED  %s: %s\n", one->name, strsignal(WTERMSIG(status)));
 	else
@@ -201,7 +238,7 @@ int main(int argc, char **argv)
 	if (argc == 3 && strcmp(argv[1], "--run") == 0) {
 		for (one = harness_cases; one; one = one->next) {
 			if (strcmp(one->name, argv[2]) == 0) {
-				alarm(one->limit);
+				alarm((unsigned)harness_limit(one->limit));
 				one->run();
 				return 0;
 			}

@@ -19,6 +19,7 @@
 #include <poll.h>
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -48,21 +49,76 @@ KIT void kit_kill(pid_t pid)
 	CHECK_KILLED(pid, SIGKILL);
 }
 
+/* A stop begins in one thread; the others go on until it is their turn. */
+KIT void kit_stop(pid_t pid)
+{
+	int status;
+	CHECK_SYS(kill(pid, SIGSTOP));
+	CHECK_EQ(waitpid(pid, &status, WUNTRACED), pid);
+	CHECK(WIFSTOPPED(status));
+}
+
+/* The child's end of a case that must not go on: it says so where kit_panics() reads. */
+KIT pid_t kit_fork_to_panic(int said[2])
+{
+	CHECK_SYS(pipe(said));
+	pid_t pid = kit_fork();
+	if (pid == 0) {
+		CHECK_SYS(dup2(said[1], STDERR_FILENO));
+		CHECK_SYS(setrlimit(RLIMIT_CORE, &(struct rlimit){0}));
+	}
+	close(said[1]);
+	return pid;
+}
+
+KIT void kit_check_panic(const char *file, int line, pid_t pid, int said, const char *what)
+{
+	char text[512] = "";
+	ssize_t n, all = 0;
+	while ((n = read(said, text + all, sizeof(text) - 1 - (size_t)all)) > 0)
+		all += n;
+	close(said);
+	int status = harness_wait(file, line, pid);
+	if (!WIFSIGNALED(status) || WTERMSIG(status) != SIGABRT)
+		harness_fail(file, line, "it went on: wait status 0x%x", (unsigned)status);
+	if (!strstr(text, "broken invariant: ") || !strstr(text, what))
+		harness_fail(file, line, "it did not say \"%s\", but: %s", what, text);
+}
+
+/* The statement ends its process with a message that contains these words. */
+#define KIT_PANICS(words, ...)                                                                                         \
+	do {                                                                                                           \
+		int kit_said[2];                                                                                       \
+		pid_t kit_pid = kit_fork_to_panic(kit_said);                                                           \
+		if (kit_pid == 0) {                                                                                    \
+			__VA_ARGS__;                                                                                   \
+			_exit(0);                                                                                      \
+		}                                                                                                      \
+		kit_check_panic(__FILE__, __LINE__, kit_pid, kit_said[0], words);                                      \
+	} while (0)
+
 KIT void kit_sleep_ms(unsigned ms)
 {
 	ksm_os_sleep_ns(ms * 1000000ull);
 }
 
-/* Wait until the condition holds; the case fails after so many seconds. */
+/* Wait until the condition holds; the case fails after so many seconds (as harness_limit() says). */
 #define KIT_WAIT(seconds, condition)                                                                                   \
 	do {                                                                                                           \
-		double kit_until = harness_now() + (seconds);                                                          \
+		double kit_until = harness_now() + harness_limit(seconds);                                             \
 		while (!(condition)) {                                                                                 \
 			if (harness_now() > kit_until)                                                                 \
 				FAIL("not within %g s: %s", (double)(seconds), #condition);                            \
 			ksm_os_sleep_ns(200000);                                                                       \
 		}                                                                                                      \
 	} while (0)
+
+/* Something random goes on for so many seconds, and on a busy machine until enough has happened. */
+KIT bool kit_goes_on(double start, double seconds, bool enough)
+{
+	double now = harness_now();
+	return now < start + seconds || (!enough && now < start + harness_limit(15));
+}
 
 /* Steps that processes take in turn: memory they share. */
 KIT uint32_t *kit_steps(void)
@@ -93,7 +149,7 @@ KIT const char *kit_directory(void)
 		return path;
 	snprintf(path, sizeof(path), "/dev/shm/ksmtest-%d", (int)test);
 	int ready[2], watched = (int)syscall(SYS_pidfd_open, test, 0);
-	CHECK_SYS(watched);
+	CHECK(watched >= 0 || errno == ENOSYS); /* valgrind 3.19 does not know it */
 	CHECK_SYS(pipe(ready));
 	CHECK_SYS(mkdir(path, 0700));
 	janitor = fork();
@@ -103,7 +159,10 @@ KIT const char *kit_directory(void)
 		CHECK_EQ(write(ready[1], "!", 1), 1);
 		dup2(watched, 0);
 		syscall(SYS_close_range, 1u, ~0u, 0);
-		poll(&(struct pollfd){.fd = 0, .events = POLLIN}, 1, -1);
+		if (watched >= 0)
+			poll(&(struct pollfd){.fd = 0, .events = POLLIN}, 1, -1);
+		while (watched < 0 && getppid() == test)
+			ksm_os_sleep_ns(20000000);
 		/* Its children die now; one that was joining may make a name while we remove them. */
 		execl("/bin/sh", "sh", "-c",
 		      "for i in 1 2 3 4 5; do sleep 0.05; rm -rf \"$0\" /dev/shm/ksmalloc-*/\"${0##*/}\"-*; done", path,
@@ -114,7 +173,8 @@ KIT const char *kit_directory(void)
 	CHECK_EQ(read(ready[0], &byte, 1), 1);
 	close(ready[0]);
 	close(ready[1]);
-	close(watched);
+	if (watched >= 0)
+		close(watched);
 	return path;
 }
 
@@ -162,14 +222,43 @@ KIT struct ksm_domain_options kit_options(const char *name)
 		.name = name, .path = kit_directory(), .store_fd = -1, .capacity_bytes = 256u << 20};
 }
 
-/* Can windows be opened by moving pages? A kernel or a container may refuse it. */
-KIT bool kit_can_merge(void)
+/* A tool that we run under may not be able to do something; KSMALLOC_TEST_WITHOUT says what (tests/sankit.py). */
+KIT bool kit_is_without(const char *what)
 {
+	const char *without = getenv("KSMALLOC_TEST_WITHOUT");
+	if (!without || !strstr(without, what))
+		return false;
+	printf("without %s here\n", what);
+	return true;
+}
+
+/* Can windows be opened by moving pages? A kernel or a container may refuse it. */
+KIT bool kit_can_move(void)
+{
+	if (kit_is_without("move"))
+		return false;
 	int uffd = ksm_os_uffd_open(KSM_UFFD_FEATURE_MOVE);
 	ksm_os_close(uffd);
 	if (uffd < 0)
 		printf("no pages can be moved here: %s\n", ksm_error_name(uffd));
 	return uffd >= 0;
+}
+
+/* Can pages be merged at all? By moving them, or else by holding every other thread, which only a filter can forbid. */
+KIT bool kit_can_merge(void)
+{
+	if (kit_can_move())
+		return true;
+	return !kit_is_without("stop") && (syscall(SYS_rt_tgsigqueueinfo, 0, 0, 0, NULL) != -1 || errno != EPERM);
+}
+
+/* Is there a window of this kind here? */
+KIT bool kit_has_barrier(enum ksm_barrier_kind kind)
+{
+	return kind == KSM_BARRIER_MOVE   ? kit_can_move()
+	       : kind == KSM_BARRIER_STOP ? !kit_is_without("stop")
+	       : kind == KSM_BARRIER_SEGV ? !kit_is_without("segv")
+					  : true;
 }
 
 /* ---- pages ----------------------------------------------------------------------------------------------------- */

@@ -73,7 +73,7 @@ KIT struct ksm_park parking_lot(void)
 
 KIT void parking_stop(struct ksm_park *park)
 {
-	double until = harness_now() + 30;
+	double until = harness_now() + harness_limit(30);
 	int r;
 	while ((r = ksm_park_begin(park))) {
 		if (r != KSM_EUNSTOPPABLE || harness_now() > until)

@@ -23,7 +23,7 @@ static void on_each_kind(void (*body)(enum ksm_barrier_kind kind))
 	static const enum ksm_barrier_kind kinds[] = {KSM_BARRIER_MOVE, KSM_BARRIER_STOP, KSM_BARRIER_SEGV};
 	kit_directory();
 	for (size_t i = 0; i < KSM_COUNT(kinds); i++) {
-		if (kinds[i] == KSM_BARRIER_MOVE && !kit_can_merge())
+		if (!kit_has_barrier(kinds[i]))
 			continue;
 		pid_t child = kit_fork();
 		if (child == 0) {
@@ -119,7 +119,10 @@ static void merged_is_read_only(enum ksm_barrier_kind kind KSM_UNUSED)
 	CHECK_EQ(self.stops > 0, kind == KSM_BARRIER_STOP);
 	uint64_t freed;
 	CHECK_EQ(ksm_domain_sweep(domain, &freed), 0);
-	CHECK_EQ(freed, PAGES);
+	CHECK_LE(freed, PAGES); /* the scanner may have been quicker */
+	struct ksm_stats all;
+	CHECK_EQ(ksm_domain_stats(domain, &all), 0);
+	CHECK_EQ(all.pages_shared, 0);
 }
 
 TEST_LIMIT(merged_pages_are_read_only_and_breaks_are_counted_exactly, 60)
@@ -301,6 +304,7 @@ TEST_LIMIT(breaks_keep_to_the_budget_of_mappings, 60)
 	attach(KSM_BARRIER_AUTO);
 	struct ksm_block one = block(MANY, 1), two = block(MANY, 1);
 	scan_until(2 * MANY);
+	printf("%d pages\n", 2 * MANY); /* what is printed has its buffer before mappings are counted */
 	uint64_t before = ksm_os_count_maps(), budget;
 	struct ksm_stats self;
 	CHECK_EQ(ksm_domain_self_stats(domain, &self), 0);
@@ -374,4 +378,25 @@ TEST(arenas_flags_are_checked)
 	CHECK_EQ(stats().sigsegv, 0);
 	ksm_arena_release(arena);
 	ksm_domain_detach(domain);
+}
+
+/* A program unmaps 16 GiB that are registered, and an arena would come to lie there: every page would be known twice. */
+TEST(areas_keep_away_from_what_is_registered)
+{
+	const size_t area = (size_t)16 << 30, nbytes = area + (64u << 20);
+	struct ksm_region *region;
+	attach(KSM_BARRIER_STOP);
+	char *first = block(1, 1).address;
+	char *at = mmap(NULL, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	CHECK(at != MAP_FAILED);
+	CHECK_EQ(ksm_region_register(domain, at, nbytes, &region, NULL), 0);
+	CHECK_SYS(munmap(at, nbytes));
+	char *probe = mmap(NULL, area, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	CHECK(probe + area > at && probe < at + nbytes); /* it is what the kernel gives next */
+	CHECK_SYS(munmap(probe, area));
+	CHECK_EQ(ksm_arena_create(domain, KSM_ARENA_NO_SCAN, &arena), 0);
+	char *second = block(1, 1).address;
+	CHECK(second + KSM_PAGE_SIZE <= at || second >= at + nbytes);
+	CHECK(second != first);
+	CHECK_EQ(ksm_region_unregister(region), 0);
 }

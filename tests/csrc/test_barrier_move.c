@@ -18,7 +18,7 @@ TEST_LIMIT(putting_back_survives_every_failing_call, 60)
 					 .judge = world_judge_merge,
 					 .check = world_check_merged,
 					 .base = {ALWAYS(MAP_FRAMES, 0, -ENOMEM)}};
-	if (kit_can_merge())
+	if (kit_can_move())
 		walk_all(&work, NULL);
 }
 
@@ -29,7 +29,7 @@ TEST_LIMIT(putting_back_by_copying_survives, 60)
 					 .judge = world_judge_merge,
 					 .check = world_check_merged,
 					 .base = {ALWAYS(MAP_FRAMES, 0, -ENOMEM), ALWAYS(UFFD_MOVE, 1, -EEXIST)}};
-	if (kit_can_merge())
+	if (kit_can_move())
 		walk_all(&work, NULL);
 }
 
@@ -47,7 +47,7 @@ TEST_LIMIT(putting_back_by_mremap_survives, 60)
 		.judge = world_judge_merge,
 		.check = world_check_merged,
 		.base = {ALWAYS(MAP_FRAMES, 0, -ENOMEM), ALWAYS(UFFD_MOVE, 1, -ENOMEM), ALWAYS(UFFD_COPY, 0, -ENOMEM)}};
-	if (kit_can_merge())
+	if (kit_can_move())
 		walk_all(&work, ends_the_process);
 }
 
@@ -72,7 +72,7 @@ TEST_LIMIT(partial_windows_survive_every_failing_call, 60)
 					 .run = world_merge,
 					 .judge = world_judge_merge,
 					 .check = world_check_merged};
-	if (kit_can_merge())
+	if (kit_can_move())
 		walk_all(&work, NULL);
 }
 
@@ -86,7 +86,7 @@ TEST_LIMIT(partial_windows_survive_when_moving_back_fails, 60)
 				    .judge = world_judge_merge,
 				    .check = world_check_merged,
 				    .base = {ALWAYS(UFFD_MOVE, windows, -EBUSY), ALWAYS(UFFD_COPY, 0, -EEXIST)}};
-		if (kit_can_merge())
+		if (kit_can_move())
 			walk_all(&work, ends_the_process);
 	}
 }
@@ -124,7 +124,7 @@ static void ends_with(const struct fault *first, const struct fault *second, con
 TEST(a_page_that_cannot_be_put_back_ends_the_process)
 {
 	static const struct fault none = {0}, remap = ALWAYS(REMAP, 0, -ENOMEM), map = ALWAYS(MAP_ANON, 0, -ENOMEM);
-	if (!kit_can_merge())
+	if (!kit_can_move())
 		return;
 	ends_with(&remap, &none, "a page taken out for comparing could not be put back");
 	ends_with(&map, &none, "the scratch area could not be mapped again");
@@ -135,7 +135,7 @@ TEST(the_scratch_area_is_whole_after_mremap)
 {
 	struct ksm_barrier barrier;
 	char *at = kit_map_filled(8, 1);
-	if (!kit_can_merge())
+	if (!kit_can_move())
 		return;
 	CHECK_EQ(ksm_barrier_create(&barrier, KSM_BARRIER_MOVE, NULL, -1), 0);
 	for (int round = 0; round < 5; round++) {

@@ -18,7 +18,7 @@ static void set_up(void)
 
 static void open_window(char *at, size_t pages)
 {
-	double until = harness_now() + 30;
+	double until = harness_now() + harness_limit(30);
 	while (ksm_window_open(&barrier, at, pages)) {
 		CHECK_LT(harness_now(), until);
 		park.retry_at_ns = 0;

@@ -46,8 +46,8 @@ TEST(what_works_here)
 	CHECK_EQ(ksm_process_stop_signal(SIGRTMIN + 3), 0);
 	struct ksm_domain *domain = attach(KSM_BARRIER_AUTO);
 	struct ksm_capabilities caps = look(domain);
-	CHECK_EQ(caps.barrier, kit_can_merge() ? KSM_BARRIER_MOVE : KSM_BARRIER_STOP);
-	CHECK_EQ(caps.move, kit_can_merge() ? 0 : caps.move);
+	CHECK_EQ(caps.barrier, kit_can_move() ? KSM_BARRIER_MOVE : KSM_BARRIER_STOP);
+	CHECK_EQ(caps.move, kit_can_move() ? 0 : caps.move);
 	CHECK(caps.move || !caps.uffd_device || !caps.uffd_call);
 	CHECK_EQ(caps.tracking, KSM_TRACKING_PAGEMAP);
 	CHECK_EQ(caps.pagemap, 0);
@@ -104,8 +104,9 @@ TEST(a_ring_is_named)
 	KIT_WAIT(20, (have_a_broken_page(domain, arena), look(domain).stop == 0));
 	CHECK_STR_EQ(look(domain).stop_reason, "");
 	CHECK_GT(look(domain).stops, 0);
-	CHECK_EQ(ksm_domain_self_stats(domain, &self), 0);
-	CHECK_GT(self.pages_merged, 0);
+	/* Not every attempt to stop succeeds on a busy machine. */
+	KIT_WAIT(20,
+		 (have_a_broken_page(domain, arena), !ksm_domain_self_stats(domain, &self) && self.pages_merged > 0));
 }
 
 static void *block_everything(void *argument)
@@ -179,7 +180,7 @@ TEST(what_was_asked_for_by_name_or_the_reason)
 	ksm_os_fault_clear();
 	static const enum ksm_barrier_kind kinds[] = {KSM_BARRIER_MOVE, KSM_BARRIER_STOP, KSM_BARRIER_SEGV};
 	for (size_t i = 0; i < KSM_COUNT(kinds); i++) {
-		if (kinds[i] == KSM_BARRIER_MOVE && !kit_can_merge())
+		if (!kit_has_barrier(kinds[i]))
 			continue;
 		domain = attach(kinds[i]);
 		CHECK_EQ(look(domain).barrier, kinds[i]);

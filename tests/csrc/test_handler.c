@@ -769,7 +769,7 @@ TEST_LIMIT(a_child_has_a_handler_too, 30)
 	for (int i = 0; i < 300; i++) { /* sometimes the lock is held by a thread that the child has not */
 		pid_t child = kit_fork();
 		if (child == 0) {
-			alarm(10);
+			alarm((unsigned)harness_limit(10));
 			CHECK_EQ(ksm_handler_reinstall(), 0);
 			CHECK_EQ(ksm_handler_check(), 0);
 			check_ours_work(&g);

@@ -229,11 +229,12 @@ TEST(a_digest_only_proposes)
 	uint64_t digest = ksm_page_digest(page);
 	ksm_store_release(&a->peer.checks[frame], (uint32_t)(digest >> KSM_DIGEST_CHECK_SHIFT));
 	ksm_index_insert(&a->index, &a->peer, digest, frame, members_generation(a, frame));
+	members_put(a, frame); /* it stays until a sweep */
 	members_region(a, at, 1);
 	CHECK_EQ(members_merge(a), 0);
 	CHECK(kit_is(at, 1));
 	CHECK_EQ(kit_is_file(at), 0);
-	CHECK_EQ(a->peer.counts[frame], 1);
+	CHECK_EQ(a->peer.counts[frame], 0);
 	members_leave(a);
 }
 
@@ -261,7 +262,7 @@ TEST(young_pages_are_left_alone)
 
 TEST(pinned_pages_are_skipped_and_the_others_merge)
 {
-	if (!kit_can_merge())
+	if (!kit_can_move())
 		return;
 	struct ksm_member *a = members_join("d");
 	char *one = kit_map_filled(PAGES, 1), *two = kit_map_filled(PAGES, 1);
@@ -285,6 +286,15 @@ TEST(pinned_pages_are_skipped_and_the_others_merge)
 	members_leave(a);
 }
 
+/* Pages for which no frame can be had are no news pass after pass: or their peers would never be done, nor ever rest. */
+static void check_nothing_is_new(struct ksm_member *member)
+{
+	uint64_t changes = member->peer.control->changes;
+	for (int i = 0; i < 3; i++)
+		members_pass(member);
+	CHECK_EQ(member->peer.control->changes, changes);
+}
+
 TEST(who_is_not_dumpable_takes_but_does_not_give)
 {
 	if (!kit_can_merge())
@@ -297,12 +307,14 @@ TEST(who_is_not_dumpable_takes_but_does_not_give)
 	char page[KSM_PAGE_SIZE];
 	kit_fill(page, 6);
 	ksm_index_insert(&a->index, &a->peer, ksm_page_digest(page), frame, 0);
+	members_put(a, frame); /* it stays until a sweep */
 	CHECK_SYS(prctl(PR_SET_DUMPABLE, 0));
 	int why_not = members_pass(a).why_not;
 	CHECK_EQ(members_pass(a).merged + members_pass(a).merged, 0);
 	CHECK_EQ(why_not, KSM_EDUMPABLE);
 	CHECK_EQ(pages_in(r1, KSM_PAGE_MERGED), 1); /* the frame that was there */
 	CHECK_EQ(members_frames(a), 1);
+	check_nothing_is_new(a);
 	CHECK_SYS(prctl(PR_SET_DUMPABLE, 1));
 	members_merge(a);
 	CHECK_EQ(pages_in(r1, KSM_PAGE_MERGED), PAGES);
@@ -328,6 +340,7 @@ TEST(a_full_store_stops_merging_and_nothing_else)
 	members_merge(a);
 	CHECK_EQ(members_frames(a), KSM_CHUNK);
 	CHECK_EQ(members_counter(a, KSM_PAGES_MERGED), 2 * KSM_CHUNK);
+	check_nothing_is_new(a);
 	kit_check_filled(one, MANY, 1);
 	kit_check_filled(two, MANY, 1);
 	members_leave(a);
@@ -401,7 +414,10 @@ static void flickering(enum ksm_barrier_kind kind)
 	members_merge(a);
 	CHECK_EQ(pthread_create(&self.thread, NULL, flicker, &self), 0);
 	uint64_t merges = members_counter(a, KSM_MERGES);
-	for (double until = harness_now() + 1.5; harness_now() < until;) {
+	double start = harness_now();
+	while (kit_goes_on(start, 1.5,
+			   members_counter(a, KSM_MERGES) > merges + 20 && members_counter(a, KSM_ZERO_MERGES) > 20 &&
+				   ksm_load_relaxed(&self.writes) > 1000)) {
 		struct ksm_restore_counts counts = {0};
 		members_pass(a);
 		CHECK_EQ(ksm_scan_restore(&a->scanner, regions[2], KSM_RESTORE_ALWAYS, NULL, &counts), 0);
@@ -438,7 +454,8 @@ static void under_a_crowd(enum ksm_barrier_kind kind)
 		crowd_start(&crowd, field, FIELD, 3, pause);
 		crowd.may_refuse = kind == KSM_BARRIER_SEGV;
 		uint64_t merges = members_counter(a, KSM_MERGES);
-		for (double until = harness_now() + 0.7; harness_now() < until;)
+		double start = harness_now();
+		while (kit_goes_on(start, 0.7, !pause || members_counter(a, KSM_MERGES) > merges + FIELD / 4))
 			members_pass(a);
 		CHECK_EQ(crowd_end(&crowd), 0);
 		crowd_check_rest(&crowd, 1);

@@ -200,7 +200,7 @@ TEST_LIMIT(without_a_pagemap_nothing_is_lost, 60)
 /* In the background, too, but now and then only: looking costs a comparison. */
 TEST(without_a_pagemap_the_background_compares_now_and_then)
 {
-	if (!kit_can_merge())
+	if (!kit_can_move())
 		return;
 	struct ksm_region *region;
 	char *one, *two;
@@ -284,4 +284,49 @@ TEST(who_is_not_dumpable_merges_finds_breaks_and_gives_back)
 	}
 	CHECK_CHILD(taker);
 	kit_kill(giver);
+}
+
+/* ---- refused, and had after all ------------------------------------------------------------------------------------------- */
+
+/* Pins end, and nothing tells: what both sides were refused once must not stay apart for ever. */
+static struct ksm_member *refused(struct ksm_region **region)
+{
+	struct ksm_merge_counts counts = {0};
+	uint64_t passes;
+	struct ksm_member *a = members_join_with("d", KSM_BARRIER_MOVE);
+	*region = members_region(a, kit_map_filled(PAGES, 1), PAGES);
+	members_region(a, kit_map_filled(PAGES, 1), PAGES);
+	ksm_os_fault_set(KSM_OS_UFFD_MOVE, 0, UINT32_MAX, -EBUSY);
+	CHECK_EQ(ksm_scan_exhaust(&a->scanner, NULL, NULL, &counts, &passes), 0);
+	CHECK_EQ(counts.merged, 0);
+	CHECK_EQ((*region)->states[KSM_PAGE_REFUSED], PAGES);
+	ksm_os_fault_clear();
+	return a;
+}
+
+TEST(a_scan_tries_refused_pages_again)
+{
+	struct ksm_merge_counts counts = {0};
+	struct ksm_region *region;
+	uint64_t passes;
+	if (!kit_can_move())
+		return;
+	struct ksm_member *a = refused(&region);
+	CHECK_EQ(ksm_scan_exhaust(&a->scanner, NULL, NULL, &counts, &passes), 0);
+	CHECK_EQ(counts.merged, 2 * PAGES);
+	CHECK_EQ(kit_is_file(ksm_region_page(region, 3)), 1);
+	members_leave(a);
+}
+
+TEST(the_background_tries_refused_pages_now_and_then)
+{
+	struct ksm_region *region;
+	if (!kit_can_move())
+		return;
+	struct ksm_member *a = refused(&region);
+	for (int batch = 0; batch < 400 && region->states[KSM_PAGE_MERGED] < PAGES; batch++)
+		ksm_scan_batch(&a->scanner, 1000, 1000, NULL);
+	CHECK_EQ(region->states[KSM_PAGE_MERGED], PAGES);
+	CHECK_EQ(kit_is_file(ksm_region_page(region, 3)), 1);
+	members_leave(a);
 }

@@ -5,6 +5,8 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 
+#define EXECS 50
+
 /* ---- whoever waits for something ------------------------------------------------------------------------------------ */
 
 static int polls(struct parking_thread *self)
@@ -476,6 +478,75 @@ TEST(scanners_take_turns)
 	}
 	parking_all_moved();
 	parking_end();
+}
+
+/* Whoever is held, and calls exec. */
+static void *stop_all_the_time(void *nothing)
+{
+	ksm_park_exempt(true);
+	struct ksm_park park = parking_lot();
+	for (;;) {
+		park.retry_at_ns = 0;
+		if (!ksm_park_begin(&park))
+			ksm_park_end(&park);
+	}
+	return nothing;
+}
+
+static void start_stopping(void)
+{
+	pthread_t thread;
+	sigset_t all, old;
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &old);
+	CHECK_EQ(pthread_create(&thread, NULL, stop_all_the_time, NULL), 0);
+	pthread_sigmask(SIG_SETMASK, &old, NULL);
+}
+
+static int status_of_exec(bool announced, long ns)
+{
+	int status;
+	pid_t child = kit_fork();
+	if (child == 0) {
+		start_stopping();
+		ksm_os_sleep_ns(1000000 + (uint64_t)ns);
+		if (announced)
+			ksm_park_before_exec();
+		execl("/bin/true", "true", NULL);
+		_exit(1);
+	}
+	CHECK_EQ(waitpid(child, &status, 0), child);
+	return status;
+}
+
+/* PARK-6, and that it is needed. */
+TEST(exec_is_announced)
+{
+	int died = 0;
+	for (int i = 0; i < EXECS; i++)
+		CHECK_EQ(status_of_exec(true, random() % 1000000), 0);
+	for (int i = 0; i < 20 * EXECS && !died; i++)
+		died = status_of_exec(false, random() % 1000000);
+	CHECK(WIFSIGNALED(died) && WTERMSIG(died) >= SIGRTMIN);
+}
+
+TEST(nobody_is_held_before_exec)
+{
+	struct ksm_park park = parking_lot();
+	parking_start(parking_nap, -1, -1, NULL);
+	parking_stop(&park);
+	ksm_park_end(&park);
+	ksm_park_before_exec();
+	ksm_os_fault_clear();
+	CHECK_EQ(ksm_park_begin(&park), KSM_EUNSTOPPABLE);
+	CHECK(strstr(park.reason, "exec"));
+	CHECK_EQ(ksm_os_fault_calls(KSM_OS_THREAD_SIGNAL), 0);
+	ksm_park_fork_child(); /* as if in a child: that one is not about to call exec */
+	park.retry_at_ns = 0;
+	parking_stop(&park);
+	ksm_park_end(&park);
+	parking_end();
+	ksm_park_destroy(&park);
 }
 
 TEST(forks_in_between)

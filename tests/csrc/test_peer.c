@@ -75,7 +75,7 @@ TEST(a_child_does_not_keep_its_parents_seat)
 		pid_t own = fork(); /* without our handlers' knowledge: a member, not a domain */
 		if (own == 0) {
 			prctl(PR_SET_PDEATHSIG, 0);
-			alarm(5);
+			alarm((unsigned)harness_limit(5));
 			for (;;)
 				pause();
 		}

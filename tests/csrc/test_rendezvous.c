@@ -69,6 +69,9 @@ TEST(links_are_not_followed)
 	CHECK_SYS(symlink(below("real/d/domain"), below("d/domain")));
 	CHECK_EQ(try_open(kit_directory(), "d", true), -ELOOP);
 	CHECK_SYS(unlink(below("d/domain")));
+	CHECK_SYS(link(below("real/d/domain"), below("d/domain"))); /* nor is a file used that has another name */
+	CHECK_EQ(try_open(kit_directory(), "d", true), KSM_EOWNER);
+	CHECK_SYS(unlink(below("d/domain")));
 	CHECK_SYS(symlink("/nowhere", below("dangling")));
 	CHECK_EQ(try_open(kit_directory(), "dangling", true), -ELOOP);
 	CHECK_EQ(access("/nowhere", F_OK), -1);

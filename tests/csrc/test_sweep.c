@@ -71,14 +71,6 @@ static pid_t start(struct orders *orders, enum deed deed)
 	return pid;
 }
 
-static void stop(pid_t pid)
-{
-	int status;
-	CHECK_SYS(kill(pid, SIGSTOP));
-	CHECK_EQ(waitpid(pid, &status, WUNTRACED), pid);
-	CHECK(WIFSTOPPED(status));
-}
-
 static void check_freed(struct ksm_member *a, ksm_frameno frame, uint32_t generation)
 {
 	CHECK_EQ(members_cell(a, frame), KSM_CELL_FREE);
@@ -115,7 +107,7 @@ TEST(what_another_process_refers_to_stays)
 		}
 	}
 	ksm_store_release(&a->peer.cells[orders->frame], good);
-	stop(other); /* a stopped one still counts */
+	kit_stop(other); /* a stopped one still counts */
 	CHECK_EQ(members_sweep(a), 0);
 	CHECK(members_frame_is(a, orders->frame, 3));
 	kit_kill(other);
@@ -131,7 +123,7 @@ TEST(an_allocation_of_the_dead_is_freed)
 	pid_t other = start(orders, ALLOCATE);
 	CHECK_EQ(members_cell(a, orders->frame), KSM_CELL_ALLOC);
 	CHECK_EQ(members_sweep(a), 0);
-	stop(other);
+	kit_stop(other);
 	CHECK_EQ(members_sweep(a), 0);
 	CHECK_EQ(members_cell(a, orders->frame), KSM_CELL_ALLOC);
 	CHECK_EQ(kit_blocks(a->peer.fds.store), KSM_PAGE_SIZE);
@@ -151,7 +143,7 @@ static void dying_of(enum deed deed)
 	pid_t other = start(orders, deed);
 	members_put(a, orders->frame);
 	CHECK_EQ(members_sweep(a), 0);
-	stop(other); /* of a living owner, however long it sleeps: left alone */
+	kit_stop(other); /* of a living owner, however long it sleeps: left alone */
 	for (int i = 0; i < 5; i++)
 		CHECK_EQ(members_sweep(a), 0);
 	CHECK_EQ(members_cell(a, orders->frame), state);
@@ -289,7 +281,7 @@ TEST(without_a_bitmap_nothing_is_freed)
 	struct ksm_member *a = members_join("d");
 	ksm_frameno frame = members_publish(a, 3);
 	pid_t other = start(orders, NOTHING);
-	stop(other); /* so that it gives its bitmap to nobody */
+	kit_stop(other); /* so that it gives its bitmap to nobody */
 	members_put(a, frame);
 	CHECK_EQ(members_sweep(a), -EAGAIN);
 	CHECK_EQ(ksm_sweep_chunk(&a->peer, 0), -EAGAIN);
@@ -300,6 +292,37 @@ TEST(without_a_bitmap_nothing_is_freed)
 	check_freed(a, frame, 0);
 	kit_kill(other);
 	members_leave(a);
+}
+
+/* Somebody scribbles PUBLISHED over the cell of a frame that another peer is writing, or about to punch: REFS-7. */
+TEST(a_busy_frame_is_a_miss_whatever_its_cell_says)
+{
+	struct ksm_member *a = members_join("d"), *b = members_join("d");
+	CHECK_EQ(members_know(a), 0);
+	CHECK_EQ(members_know(b), 0);
+	ksm_frameno frame = members_publish(a, 3), fresh;
+	members_put(a, frame);
+	ksm_bit_set(&a->peer, frame); /* as the sweep does between its steps 2 and 6 */
+	ksm_busy_set(&a->peer, frame);
+	CHECK(!members_take(b, frame));
+	CHECK(!ksm_bit_test(&b->peer, frame));
+	CHECK(!ksm_busy_with_others(&a->peer, frame));
+	CHECK(!ksm_busy_with_others(&b->peer, frame + 1));
+	ksm_busy_clear(&a->peer, frame);
+	ksm_bit_clear(&a->peer, frame);
+	CHECK(members_take(b, frame));
+	members_put(b, frame);
+	CHECK_EQ(ksm_frame_alloc(&a->peer, KSM_NO_FRAME, &fresh), 0);
+	uint64_t cell = a->peer.cells[fresh];
+	a->peer.cells[fresh] = ksm_cell_make(KSM_CELL_PUBLISHED, 0, 0, ksm_cell_generation(cell));
+	CHECK(!members_take(b, fresh));
+	a->peer.cells[fresh] = cell;
+	ksm_frame_abandon(&a->peer, fresh);
+	CHECK_EQ(ksm_load_relaxed(&a->peer.seat.bitmap->busy), 0);
+	CHECK_EQ(members_sweep(a), 1);
+	CHECK_EQ(ksm_load_relaxed(&a->peer.seat.bitmap->busy), 0);
+	members_leave(a);
+	members_leave(b);
 }
 
 TEST(no_sweep_means_never)
