@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import tempfile
 import time
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
@@ -160,13 +161,19 @@ def processes() -> Iterator[Processes]:
 # ---- nothing left behind -----------------------------------------------------------------------------------
 
 
-def living_sockets() -> dict[str, int]:
-    """Bound unix sockets under /dev/shm/ksmalloc-*: path → inode. The kernel lists one while it is open."""
+SOCKET = re.compile(r"(/dev/shm/ksmalloc-.*|/proc/thread-self/fd/\d+)/peer-\d+")
+
+
+def living_sockets() -> dict[int, str]:
+    """The sockets of peers: inode → the name they were bound by, mostly through a descriptor.
+
+    The kernel lists a socket while it is open.
+    """
     found = {}
     for line in Path("/proc/net/unix").read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
         fields = line.split(maxsplit=7)
-        if len(fields) == 8 and fields[7].startswith("/dev/shm/ksmalloc-"):
-            found[fields[7]] = int(fields[6])
+        if len(fields) == 8 and SOCKET.fullmatch(fields[7]):
+            found[int(fields[6])] = fields[7]
     return found
 
 
@@ -191,38 +198,34 @@ def is_ours(pid: int) -> bool:
     return False
 
 
-def holders(inode: int) -> list[int]:
-    """Pids of the processes that hold a socket; a scanner's thread has a descriptor table of its own."""
-    pids = set()
-    for link in Path("/proc").glob("[0-9]*/task/[0-9]*/fd/*"):
+def holders(inodes: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Each of these sockets, and a process that has it; a scanner has a descriptor table of its own."""
+    names = {f"socket:[{inode}]": inode for inode in inodes}
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/task/[0-9]*/fd/*") if names else []:
         with contextlib.suppress(OSError):
-            if os.readlink(link) == f"socket:[{inode}]":
-                pids.add(int(link.parts[2]))
-    return sorted(pids)
+            inode = names.get(os.readlink(link))
+            if inode is not None:
+                found.add((inode, int(link.parts[2])))
+    yield from sorted(found)
 
 
-def left_behind(before: dict[str, int], private: str | None) -> list[str]:
+def left_behind(before: dict[int, str]) -> list[str]:
     """Sockets that are new since `before` and belong to a process of this run other than this one."""
-    found = []
-    for path, inode in living_sockets().items():
-        if before.get(path) == inode:
-            continue
-        pids = [pid for pid in holders(inode) if pid != os.getpid()]
-        in_private = private is not None and path.startswith(private + "/")
-        found += [f"{path} of process {pid}" for pid in pids if in_private or is_ours(pid)]
-    return found
+    now = living_sockets()
+    new = holders(now.keys() - before.keys())
+    return [f"{now[inode]} of process {pid}" for inode, pid in new if pid != os.getpid() and is_ours(pid)]
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+def nothing_left_behind() -> Iterator[None]:
     """After a test no process that it started is still a peer of any domain."""
     before = living_sockets()
-    private = request.getfixturevalue("rendezvous") if "rendezvous" in request.fixturenames else None
     yield
     leftovers: list[str] = []
 
     def none_left() -> bool:
-        leftovers[:] = left_behind(before, private)
+        leftovers[:] = left_behind(before)
         return not leftovers
 
     if not wait_until(none_left, timeout=5.0):

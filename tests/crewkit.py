@@ -156,7 +156,7 @@ def public_python(folder: Path) -> Path:
         for part in origin.parent.glob(f"{origin.name}*"):
             if part.name in (origin.name, f"{origin.name}.libs"):
                 shutil.copytree(part, site / part.name, ignore=shutil.ignore_patterns("__pycache__"))
-    for module in ("handkit.py", "teamkit.py"):
+    for module in ("handkit.py", "pace.py", "teamkit.py"):
         shutil.copyfile(Path(__file__).with_name(module), site / module)
     for shared in Path(sysconfig.get_config_var("LIBDIR")).glob("libpython3*.so*"):
         shutil.copyfile(shared, home / "lib" / shared.name)

@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 from conftest import Processes
+from pace import SLOWER
 
 import ksmalloc
 
 QUIET = ("-W", "ignore::DeprecationWarning")  # a program with threads of its own is warned by Python itself
 
-START = r"""
+START = (
+    f"SLOWER = {SLOWER}\n"
+    + r"""
 import functools, os, random, signal, sys, threading, time
 import ksmalloc
 
@@ -47,7 +50,7 @@ def own():
     return next(peer.stats for peer in domain.peers if peer.is_self)
 
 def wait_until(condition, timeout=10):
-    end = time.monotonic() + timeout
+    end = time.monotonic() + SLOWER * timeout
     while not condition():
         if time.monotonic() > end:
             raise TimeoutError(condition)
@@ -57,7 +60,7 @@ def forked(function):
     # The child ends with 0 if the function returns, the parent asserts that it did.
     pid = os.fork()
     if pid == 0:
-        signal.alarm(50)  # does not outlive the test, whatever happens
+        signal.alarm(int(50 * SLOWER))  # does not outlive the test, whatever happens
         code = 1
         try:
             function()
@@ -72,6 +75,7 @@ def forked(function):
 def ended(pid):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 """
+)
 
 
 def environment() -> dict[str, str]:
@@ -91,7 +95,7 @@ def run(
     """Run the start and a body to the end; returns what it printed. Nothing may come on stderr."""
     command = [sys.executable, *flags, "-c", start + body, rendezvous, *arguments]
     process = processes.popen(*command, env=environment())
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60 * SLOWER)
     assert (process.returncode, err) == (0, ""), f"{out}{err}"
     if out.startswith("skip:"):
         pytest.skip(out)
@@ -109,7 +113,7 @@ for line in sys.stdin:
         mine.append(block(int(seed)))
         answer = "ok"
     elif command == "settle":
-        answer = ksmalloc.settle(30, domain=domain).settled
+        answer = ksmalloc.settle(30 * SLOWER, domain=domain).settled
     elif command == "sweep":
         answer = domain.sweep()
     elif command == "check":
@@ -151,7 +155,7 @@ FILES = r"""
 folder = sys.argv[2]
 mine = [block(1), block(99)]
 merge()
-ksmalloc.settle(30, domain=domain)
+ksmalloc.settle(30 * SLOWER, domain=domain)
 
 def say(what):
     os.write(1, f"{what}\n".encode())
@@ -193,7 +197,7 @@ def go_on(files, first, count):
     say(f"loaded {first} {count}")
     files.write()
     files.check()
-    assert ksmalloc.settle(30, domain=domain).settled
+    assert ksmalloc.settle(30 * SLOWER, domain=domain).settled
     files.check()
     assert own().merges - before >= count * 512, (before, own(), domain.peers)
     check()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from conftest import Processes
 from forkkit import environment
+from pace import SLOWER
 
 START = r"""
 import ctypes, dataclasses, json, os, random, signal, struct, sys, threading, time, traceback
@@ -17,6 +18,7 @@ import ksmalloc, ksmalloc.ctl
 
 PAGE = 4096
 PATH = sys.argv[1]
+MOVES = tuple(map(int, os.uname().release.split("-")[0].split(".")[:2])) >= (6, 8)  # this kernel does
 libc = ctypes.CDLL(None, use_errno=True)
 
 def prctl(option, *values):
@@ -74,7 +76,7 @@ def run(processes: Processes, rendezvous: str, body: str, *arguments: Any, **mor
         pytest.skip("only root can become somebody else")
     command = [sys.executable, "-c", START + body, rendezvous, *arguments]
     process = processes.popen(*command, env=environment() | more)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60 * SLOWER)
     assert (process.returncode, err) == (0, ""), f"{out}{err}"
     if out.startswith("skip:"):
         pytest.skip(out)

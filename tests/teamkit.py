@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pace import SLOWER
 
 import ksmalloc
 from ksmalloc.ctl.measure import Memory, measure
@@ -105,7 +106,7 @@ class Worker:
     def scan(self) -> int:
         return self.arena.scan().pages_merged
 
-    def settle(self, timeout: float = 30) -> bool | None:
+    def settle(self, timeout: float = 30 * SLOWER) -> bool | None:
         return ksmalloc.settle(timeout, domain=self.domain).settled
 
     def sweep(self) -> int:

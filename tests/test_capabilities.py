@@ -74,13 +74,14 @@ assert (found.barrier, found.tracking, found.why_not) == ("stop", "pagemap", Non
 assert report.pages_merged == 32 and arena.stats().arena_pages_merged == 32, report
 assert found.stops > 0 and found.stop_signal is not None and found.dumpable
 assert names(found) == ["barrier move"], found
-assert "seccomp" in found.better[0].reason and "sysctl" not in found.better[0].remedy, found
+assert ("seccomp" if MOVES else "has no UFFDIO_MOVE") in found.better[0].reason, found
+assert "sysctl" not in found.better[0].remedy, found
 memoryview(blocks[0])[0] ^= 1
 assert bytes(blocks[1]) == content
-print(found)
+print(MOVES, found)
 """,
     )
-    assert "/dev/userfaultfd" in out
+    assert "/dev/userfaultfd" in out or out.startswith("False")
 
 
 def test_root_behind_a_filter(processes: Processes, rendezvous: str) -> None:
@@ -96,7 +97,8 @@ arena = join()
 blocks, content = two(arena)
 assert arena.scan().pages_merged == 32
 found = ksmalloc.capabilities(arena.domain)
-assert (found.barrier, found.better) == ("move", ()), found
+wanted = ("move", []) if MOVES else ("stop", ["barrier move"])
+assert (found.barrier, names(found)) == wanted, found
 """,
     )
 

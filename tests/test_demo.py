@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Processes, is_alive, wait_until
+from pace import SLOWER
 
 import ksmalloc
 from ksmalloc.ctl import main
@@ -184,7 +185,7 @@ def test_a_signal(
         os.killpg(process.pid, number)  # as the terminal does
     else:
         process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=30 * SLOWER)
     assert process.returncode == 128 + number
     assert out == ""
     assert "Traceback" not in err
@@ -204,7 +205,7 @@ def test_kill_9_of_the_parent_ends_the_workers(processes: Processes, rendezvous:
 def test_a_worker_that_dies(processes: Processes, rendezvous: str) -> None:
     process, workers = start_and_await(processes, rendezvous, "comparing")
     os.kill(workers[-1], signal.SIGKILL)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=30 * SLOWER)
     assert process.returncode == 1
     assert f"worker {workers[-1]} was killed by SIGKILL" in err
     assert wait_until(lambda: not any(map(is_alive, workers)))

@@ -45,6 +45,8 @@ EXPECTED = {
     "KSM_EOVERLAP": ksmalloc.RegisterError,
     "KSM_ESMALL": ksmalloc.RegisterError,
     "KSM_ECORRUPT": ksmalloc.CorruptError,
+    "KSM_EHEADROOM": ksmalloc.HeadroomError,
+    "KSM_ENOPROC": ksmalloc.Unsupported,
 }
 
 

@@ -9,17 +9,14 @@ lose writes, or the soak would not notice any.
 from __future__ import annotations
 
 import os
-import re
-import shlex
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import buildkit
 import pytest
 from conftest import Processes
+from runkit import Run
 
-ROOT = Path(__file__).resolve().parent.parent
-SOAK = ROOT / "tests" / "soak"
+SOAK = buildkit.ROOT / "tests" / "soak"
 FILES = Path("/var/tmp")  # on a disk in most places: direct transfers need one
 SECONDS = {  # of each run; at most LONGER times as long on a slow machine
     ("move", "kernel"): 20.0,
@@ -35,7 +32,6 @@ CONTROL_SECONDS = 20
 WRITES = 1_000_000  # under barriers that stop system calls
 MERGES = 100_000
 LONGER = 4  # as in soak.c
-NOT_HERE = 77  # SOAK_NOT_HERE of soak.h
 WAYS = ("store", "pipe", "tcp", "udp", "unix", "readv", "pread", "eventfd")
 SOME = ("direct", "vm", "uring", "registered")  # where the machine has them
 ACTS = (
@@ -50,54 +46,17 @@ ACTS = (
     "freezes",
     "thaws",
 )
-FLAGS = shlex.split(
-    "-std=gnu11 -D_GNU_SOURCE -O2 -g -Wall -Wextra -Werror -pthread -DKSM_ASSERT_LEVEL=2 -iquote csrc"
-)
-WRAPPED = re.compile(r"__wrap_(ksm_\w+)\(|^SLOW\(\w+, (\w+)", re.MULTILINE)  # functions that the soak wraps
-
-
-def cc(*arguments: str | Path) -> None:
-    command = [os.environ.get("CC", "cc"), *FLAGS, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    if done.returncode != 0:
-        pytest.fail(f"{shlex.join(command)}\n{done.stderr}", pytrace=False)
 
 
 @pytest.fixture(scope="module")
 def soak(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program, linked with the core as it is: nothing in the core is compiled differently for it."""
-    out = tmp_path_factory.mktemp("soak")
-    core = [source for source in sorted((ROOT / "csrc").glob("*.c")) if source.name != "preload.c"]
-    sources = core + sorted(SOAK.glob("*.c"))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda source: cc("-c", source, "-o", out / f"{source.stem}.o"), sources))
-    found = [match for source in SOAK.glob("*.c") for match in WRAPPED.findall(source.read_text("utf-8"))]
-    wraps = {f"-Wl,--wrap={first or second}" for first, second in found}
-    cc(*sorted(out.glob("*.o")), *sorted(wraps), "-o", out / "soak")
-    return out / "soak"
+    return buildkit.program("soak", [SOAK], tmp_path_factory.mktemp("soak"), *buildkit.CHECKED)
 
 
-class Soak:
-    """One run of the program: its status, its figures, and whatever it said."""
-
-    def __init__(
-        self, processes: Processes, program: Path, rendezvous: str, *arguments: str, limit: float
-    ) -> None:
-        process = processes.popen(
-            program, "--rendezvous", rendezvous, "--files", FILES, *arguments, stderr=subprocess.STDOUT
-        )
-        try:
-            self.output, _ = process.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
-            process.kill()  # its processes go with it
-            pytest.fail(f"no end within {limit} s\n{process.communicate()[0]}", pytrace=False)
-        print(self.output)
-        self.status = process.returncode
-        if self.status == NOT_HERE:
-            pytest.skip(f"does not work here: {shlex.join(arguments)}")
-        lines = [line for line in self.output.splitlines() if line.startswith("barrier=")]
-        words = dict(word.split("=") for word in lines[-1].split()) if lines else {}
-        self.figures = {name: int(word) for name, word in words.items() if word.isdigit()}
+def run_soak(processes: Processes, program: Path, rendezvous: str, *arguments: str, limit: float) -> Run:
+    where = ("--rendezvous", rendezvous, "--files", FILES)
+    return Run(processes, program, *where, *arguments, limit=limit, first="barrier=")
 
 
 @pytest.mark.timeout(LONGER * max(SECONDS.values()) + 240)
@@ -107,7 +66,7 @@ def test_no_write_is_lost(barrier: str, cow: str, soak: Path, rendezvous: str, p
     exact = cow == "kernel" and barrier != "segv"
     goals = ("--writes", str(WRITES), "--merges", str(MERGES)) if exact else ()
     arguments = ("--barrier", barrier, "--cow", cow, "--seconds", str(seconds), "--slow", *goals)
-    run = Soak(processes, soak, rendezvous, *arguments, limit=LONGER * seconds + 180)
+    run = run_soak(processes, soak, rendezvous, *arguments, limit=LONGER * seconds + 180)
     figures, output = run.figures, run.output
     assert run.status == 0, output
     assert (figures["wrong"], figures["lost"]) == (0, 0), output
@@ -130,12 +89,12 @@ def test_control_loses_writes(
     barrier: str, cow: str, soak: Path, rendezvous: str, processes: Processes
 ) -> None:
     arguments = ("--barrier", barrier, "--cow", cow, "--seconds", str(CONTROL_SECONDS), "--until-lost")
-    run = Soak(processes, soak, rendezvous, *arguments, limit=CONTROL_SECONDS + 120)
+    run = run_soak(processes, soak, rendezvous, *arguments, limit=CONTROL_SECONDS + 120)
     assert run.status == 1, run.output
     assert run.figures["lost"] > 0, run.output
 
 
 def test_stop_refuses_a_process_with_a_ring(soak: Path, rendezvous: str, processes: Processes) -> None:
     """What writes while threads are held: nothing merges, the reason is named, and closing it is enough."""
-    run = Soak(processes, soak, rendezvous, "--barrier", "stop", "--devices", limit=120)
+    run = run_soak(processes, soak, rendezvous, "--barrier", "stop", "--devices", limit=120)
     assert run.status == 0, run.output
