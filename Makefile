@@ -4,17 +4,20 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-C      := $(wildcard csrc/*.[ch] tests/csrc/*.[ch] tests/soak/*.[ch] tests/eintr/*.c tests/bench/*.c)
+C      := $(wildcard csrc/*.[ch] tests/*/*.[ch])
 PYX    := $(wildcard ksmalloc/*.pyx ksmalloc/*.pxi ksmalloc/*.pxd)
 BENCH  := -std=gnu11 -D_GNU_SOURCE -O2 -pthread -iquote csrc
 CORE   := $(filter-out csrc/preload.c,$(wildcard csrc/*.c))
+WATCHED := $(BIN)/pytest tests/test_csrc.py tests/test_sanitizers.py
 SECONDS ?= 3600
+ROUNDS ?= 500
 
 .DEFAULT_GOAL := help
-.PHONY: help build test ctest model asan ubsan soak growth stall breaks lint format docs demo clean
+.PHONY: help build test ctest model asan ubsan tsan valgrind asan-python soak growth crash chaos faults mad fuzz
+.PHONY: hostile surroundings old-kernel stall breaks lint format docs demo clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,17 +36,52 @@ ctest: $(READY) ## the core's own tests, and its floors
 model: $(READY) ## the models of the protocols, checked by spin
 	$(BIN)/pytest tests/test_model.py
 
-asan: $(READY) ## the core's own tests under the address sanitizer
-	KSMALLOC_TEST_CFLAGS='-fsanitize=address -fno-omit-frame-pointer -Wno-error' $(BIN)/pytest tests/test_csrc.py
+asan: $(READY) ## the core's own tests under the address and the undefined-behaviour sanitizer
+	KSMALLOC_SANITIZER=asan $(WATCHED)
 
-ubsan: $(READY) ## the core's own tests under the undefined-behaviour sanitizer
-	KSMALLOC_TEST_CFLAGS='-fsanitize=undefined -fno-sanitize-recover=all -Wno-error' $(BIN)/pytest tests/test_csrc.py
+ubsan: $(READY) ## the core's own tests under the undefined-behaviour sanitizer alone
+	KSMALLOC_SANITIZER=ubsan $(WATCHED)
+
+tsan: $(READY) ## the core's own tests under the thread sanitizer
+	KSMALLOC_SANITIZER=tsan $(WATCHED)
+
+valgrind: $(READY) ## the core's own tests under valgrind; needs valgrind and libc6-dbg
+	KSMALLOC_SANITIZER=valgrind $(WATCHED)
+
+asan-python: build ## the Python tests with a module under the address and the undefined-behaviour sanitizer
+	$(BIN)/python tests/sanitizers/suite.py
 
 soak: build ## the lost-write soak, SECONDS=3600 for each barrier and copy-on-write
 	KSMALLOC_SOAK_SECONDS=$(SECONDS) $(BIN)/pytest -s tests/test_soak.py
 
 growth: build ## memory that is rewritten and merged over and over, SECONDS=3600 long
 	KSMALLOC_GROWTH_SECONDS=$(SECONDS) $(BIN)/pytest -s tests/test_growth.py
+
+crash: build ## death, and a stop, at every instruction of every operation on shared memory
+	KSMALLOC_CRASH_ALL=1 $(BIN)/pytest -s tests/test_crash.py
+
+chaos: build ## random death, SECONDS=3600 long
+	KSMALLOC_CHAOS_SECONDS=$(SECONDS) $(BIN)/pytest -s tests/test_chaos.py -k survivors
+
+faults: build ## every system call fails, at every number, with every error, in every scenario; by chance for SECONDS
+	KSMALLOC_FAULTS_SECONDS=full KSMALLOC_FAULTS_PYTHON_SECONDS=$(SECONDS) \
+		$(BIN)/pytest -s tests/test_faults.py tests/test_faults_python.py
+
+mad: build ## a peer gone mad, ROUNDS=500 for each build and barrier
+	KSMALLOC_MAD_SECONDS=2 KSMALLOC_MAD_ROUNDS=$(ROUNDS) $(BIN)/pytest -s tests/test_mad.py
+
+fuzz: $(READY) ## the fuzz targets under libFuzzer, SECONDS=3600 each; needs clang (CLANG=clang-14)
+	$(BIN)/python tests/fuzz/fuzz.py $(SECONDS)
+
+hostile: build ## a program that is hostile to its registered memory, SECONDS=3600 for each barrier
+	KSMALLOC_HOSTILE_SECONDS=$(SECONDS) $(BIN)/pytest -s tests/test_hostile_memory.py
+
+surroundings: build ## subinterpreters, ends of programs, signals, stopped peers, debuggers, processes that hide themselves
+	$(BIN)/pytest -s tests/test_interpreters.py tests/test_exit.py tests/test_finalised.py tests/test_signals.py \
+		tests/test_stopped.py tests/test_debugger.py tests/test_dumpable.py
+
+old-kernel: build ## the tests on Debian's 6.1 kernel, emulated; needs qemu-system-x86 and busybox-static
+	$(BIN)/python tests/kernels/old_kernel.py
 
 stall: $(READY) ## how long a window keeps a thread from its work; nothing else should run
 	mkdir -p build

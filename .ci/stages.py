@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 28 * 60  # seconds a stage may take
+LIMIT = 35 * 60  # seconds a stage may take
 PR_SET_CHILD_SUBREAPER = 36
 
 ENVIRONMENT = os.environ | {
@@ -114,6 +114,9 @@ def missing_packages() -> list[str]:
         "libc6-dev": Path("/usr/include/stdio.h").exists(),
         "make": shutil.which("make"),
         "spin": shutil.which("spin"),
+        "gcc-aarch64-linux-gnu": shutil.which("aarch64-linux-gnu-gcc"),
+        "libc6-dev-arm64-cross": Path("/usr/aarch64-linux-gnu/include/stdio.h").exists(),
+        "qemu-user-static": shutil.which("qemu-aarch64-static"),
         "python3-dev": python_h.exists(),
         "python3-venv": importlib.util.find_spec("ensurepip"),
     }
