@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = ROOT / "tests" / "kernels"
 BUILD = ROOT / "build" / "kernels"
 FLAGS = shlex.split(
-    "-std=gnu11 -D_GNU_SOURCE -O1 -g -Wall -Wextra -Werror -pthread -DKSM_FAULTS -DKSM_ASSERT_LEVEL=2"
+    "-std=gnu11 -D_GNU_SOURCE -O1 -g -Wall -Wextra -Werror -pthread -DKSM_FAULTS -DKSM_ASSERT_LEVEL=3"
     " -iquote csrc -iquote tests/csrc"
 )
 SLOWER = 20  # times longer than on a real machine, for what the tests themselves wait for
