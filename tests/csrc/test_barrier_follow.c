@@ -18,7 +18,7 @@ static int store;
 
 static bool begin(void)
 {
-	if (!kit_can_merge())
+	if (!kit_can_move())
 		return false;
 	CHECK_EQ(ksm_barrier_create(&barrier, KSM_BARRIER_MOVE, NULL, -1), 0);
 	at = kit_map_filled(PAGES + 2, 0) + KSM_PAGE_SIZE; /* zeros on both sides */

@@ -282,12 +282,12 @@ static uint64_t shmem_bytes(void)
 static uint64_t directory_bytes(const char *path)
 {
 	char *command = NULL, text[64] = "";
-	CHECK_GT(asprintf(&command, "du -s --block-size=1 %s", path), 0);
+	CHECK_GT(asprintf(&command, "du -sk %s", path), 0);
 	FILE *pipe = popen(command, "re");
 	CHECK(pipe && fgets(text, sizeof(text), pipe));
 	pclose(pipe);
 	free(command);
-	return strtoull(text, NULL, 10);
+	return strtoull(text, NULL, 10) * 1024;
 }
 
 TEST(when_all_are_killed_the_kernel_has_it_all_back)

@@ -239,7 +239,7 @@ TEST(marks_that_cannot_be_read_replace_nothing)
 	int done = 0;
 	struct ksm_scan_between hook = {call_nothing, &done, fail_second_look};
 	char *at;
-	if (!kit_can_merge())
+	if (!kit_can_move())
 		return;
 	struct ksm_member *a = worn(&at, &region);
 	a->scanner.rest_ns = 5 * MS;

@@ -290,10 +290,13 @@ TEST(what_has_another_protection_is_left_alone_until_it_has_the_old_one_again)
 	struct field f = field_of(false);
 	members_region(f.member, kit_map_filled(PAGES, 1), PAGES);
 	readable(&f);
-	CHECK_EQ(members_merge(f.member), 2 * PAGES - 2); /* its twin has no twin */
+	uint64_t merged =
+		members_merge(f.member); /* its twin has no twin, unless looks are dear: then it may have a frame */
+	CHECK_GE(merged, 2 * PAGES - 2);
+	CHECK_LT(merged, 2 * PAGES);
 	CHECK(kit_is_readonly(f.page));
 	CHECK_SYS(mprotect(f.page, KSM_PAGE_SIZE, RW));
-	CHECK_EQ(members_merge(f.member), 2);
+	CHECK_EQ(merged + members_merge(f.member), 2 * PAGES);
 	kit_check_filled(f.at, PAGES, 1);
 }
 
