@@ -22,7 +22,8 @@ SECONDS = float(os.environ.get("KSMALLOC_CHAOS_SECONDS", "60"))
 SEED = os.environ.get("KSMALLOC_CHAOS_SEED")
 KILLS = 300
 CONTROL_SECONDS = 300  # at most; most end after a few, and a bug that is met by chance takes its time
-PATIENCE, IMPATIENCE = "120", "6"  # seconds without a sign of life that are called hanging
+# Seconds without a sign of life that are called hanging. The longer it runs, the worse may what else runs here be.
+PATIENCE, IMPATIENCE = "120" if SECONDS < 600 else "300", "6"
 NO_ACTS = {"killed_in_REST", "killed_in_EXIT"}  # nothing of the core goes on in these
 NEVER = ("wrong", "leaked", "missing", "invalid", "unsettled", "strays", "hung", "failed")
 ACTS = (

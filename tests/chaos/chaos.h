@@ -193,6 +193,12 @@ struct chaos_block {
 	uint32_t keys[CHAOS_MOST_SEGMENTS];
 };
 
+/*
+ * Whoever is dead is left so for a moment. The kernel, where it reaps a process whose other threads are still ending, or whose
+ * files in /proc somebody has open, keeps a processor busy until they have, and nothing else runs there: up to a minute.
+ */
+#define CHAOS_DEAD_FOR_S 0.1
+
 /* This process. */
 extern struct chaos_here {
 	uint32_t place;

@@ -19,7 +19,6 @@
 #define LONGEST_STOP_MS 200
 #define AIM_S 0.008
 #define MODESTY 4
-#define DEAD_FOR_S 0.03
 #define ONE_MASSACRE_IN 3 /* audits */
 
 static uint32_t seed;
@@ -75,8 +74,7 @@ static void bury(int pid, uint32_t number)
 }
 
 /*
- * Our children are the crew, the auditor, and everybody whose parent has died. Each is left dead for a moment: who
- * reaps a process whose other threads are still ending keeps a processor busy until they have, in the kernel.
+ * Our children are the crew, the auditor, and everybody whose parent has died.
  */
 static void reap(void)
 {
@@ -89,7 +87,7 @@ static void reap(void)
 			continue; /* or it is somebody else's */
 		if (!*died)
 			*died = now;
-		else if (now - *died > DEAD_FOR_S)
+		else if (now - *died > CHAOS_DEAD_FOR_S)
 			bury(pid, number);
 	}
 	if (!is_dead(P_ALL, 0, &info))

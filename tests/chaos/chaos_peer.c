@@ -222,10 +222,19 @@ static struct chaos_place *child_place(void)
 /* A pid is not given to anybody else as long as its place names it. */
 static void reap(void)
 {
+	static int dead;
+	static double since;
 	siginfo_t info = {0};
 	struct chaos_place *child = child_place();
 	if (!child || waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT) || !info.si_pid)
 		return;
+	if (info.si_pid != dead) {
+		dead = info.si_pid;
+		since = chaos_now();
+	}
+	if (chaos_now() - since < CHAOS_DEAD_FOR_S)
+		return;
+	dead = 0;
 	int status, pid = info.si_pid;
 	bool is_ours = chaos_pid(child) == pid;
 	if (is_ours)
