@@ -12,7 +12,8 @@
  * ARENA-2. An arena lives until its creator and its last block have let go of it.
  * ARENA-3. Books change under the domain's memory lock, pages under the merge lock; where both are held, the memory lock
  *          was taken first.
- * ARENA-4. What is given back was handed out: whole pages of its area, no more than are out, counted once.
+ * ARENA-4. What is given back was handed out: whole pages of its area, no more than are out, counted once. That is seen
+ *          before anything is done to them.
  */
 #include "arena.h"
 
@@ -100,11 +101,14 @@ static void give_pages(struct ksm_arena *arena, struct ksm_half *half, struct ks
 {
 	size_t offset = (size_t)(at - area->base), used = ksm_load_relaxed(&area->region.used);
 	ksm_ensure(offset % KSM_PAGE_SIZE == 0 && offset >> KSM_PAGE_SHIFT < used); /* ARENA-4 */
-	ksm_ensure(pages <= used - (offset >> KSM_PAGE_SHIFT) && pages <= arena->pages);
+	ksm_ensure(pages <= used - (offset >> KSM_PAGE_SHIFT));
+	pthread_mutex_lock(&arena->domain->memory);
+	ksm_ensure(pages <= arena->pages);
+	arena->pages -= pages;
+	pthread_mutex_unlock(&arena->domain->memory);
 	renew_pages(arena, half, area, at, pages);
 	pthread_mutex_lock(&arena->domain->memory);
-	ksm_span_free(&area->spans, (size_t)(at - area->base) >> KSM_PAGE_SHIFT, pages);
-	arena->pages -= pages;
+	ksm_span_free(&area->spans, offset >> KSM_PAGE_SHIFT, pages);
 	pthread_mutex_unlock(&arena->domain->memory);
 }
 

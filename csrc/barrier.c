@@ -19,6 +19,12 @@
 
 const struct ksm_barrier_ops *const ksm_barriers[] = {&ksm_barrier_move, &ksm_barrier_stop, &ksm_barrier_segv, NULL};
 
+static void clear(struct ksm_barrier *barrier)
+{
+	memset(barrier, 0, sizeof(*barrier));
+	barrier->uffd = -1;
+}
+
 int ksm_barrier_create(struct ksm_barrier *barrier, enum ksm_barrier_kind kind, struct ksm_park *park, int uffd)
 {
 	int error = -ENOSYS;
@@ -26,7 +32,7 @@ int ksm_barrier_create(struct ksm_barrier *barrier, enum ksm_barrier_kind kind, 
 		enum ksm_barrier_kind this = ksm_barriers[i]->kind;
 		if (kind == KSM_BARRIER_AUTO ? this == KSM_BARRIER_SEGV : this != kind)
 			continue;
-		memset(barrier, 0, sizeof(*barrier));
+		clear(barrier);
 		barrier->park = park;
 		barrier->uffd = this == KSM_BARRIER_MOVE ? uffd : -1;
 		int r = ksm_barriers[i]->create(barrier);
@@ -37,8 +43,7 @@ int ksm_barrier_create(struct ksm_barrier *barrier, enum ksm_barrier_kind kind, 
 		if (error == -ENOSYS)
 			error = r; /* the best one's reason */
 	}
-	memset(barrier, 0, sizeof(*barrier));
-	barrier->uffd = -1;
+	clear(barrier);
 	barrier->error = error;
 	return error;
 }
@@ -48,6 +53,14 @@ void ksm_barrier_destroy(struct ksm_barrier *barrier)
 	if (barrier->ops)
 		barrier->ops->destroy(barrier);
 	barrier->ops = NULL;
+}
+
+void ksm_barrier_forget(struct ksm_barrier *barrier, bool mapped)
+{
+	barrier->uffd = -1; /* by now its number is somebody else's */
+	if (mapped)
+		ksm_barrier_destroy(barrier);
+	clear(barrier);
 }
 
 int ksm_window_open(struct ksm_barrier *barrier, char *at, size_t pages)

@@ -15,6 +15,7 @@
 #include "os.h"
 
 #define KSM_WINDOW_PAGES 64 /* at most, in one window */
+#define KSM_SCRATCH_BYTES (2 * KSM_WINDOW_PAGES * KSM_PAGE_SIZE)
 
 enum ksm_window_page {
 	KSM_WINDOW_OUT = 0, /* in the window, to be put back */
@@ -65,7 +66,7 @@ struct ksm_barrier {
 	/* of the implementation */
 	struct ksm_park *park; /* the scanner's; NULL: no barrier that needs one */
 	int uffd;
-	char *scratch;
+	char *scratch;                 /* move: KSM_SCRATCH_BYTES, not inherited by a child; NULL: none */
 	bool tainted;                  /* the descriptor is to be replaced when the window is closed */
 	bool foreign;                  /* registered memory: the program may unmap or move it at any time */
 	char *moved[KSM_WINDOW_PAGES]; /* move, foreign: where mremap has taken pages meanwhile; NULL: nowhere */
@@ -88,6 +89,9 @@ extern const struct ksm_barrier_ops *const ksm_barriers[];
  */
 int ksm_barrier_create(struct ksm_barrier *barrier, enum ksm_barrier_kind kind, struct ksm_park *park, int uffd);
 void ksm_barrier_destroy(struct ksm_barrier *barrier);
+/* The same after a fork has ended the table its descriptor lay in. mapped: its memory is there and is given back; false, in
+ * the child: it was not inherited. */
+void ksm_barrier_forget(struct ksm_barrier *barrier, bool mapped);
 
 int ksm_window_open(struct ksm_barrier *barrier, char *at, size_t pages);
 int ksm_window_map(struct ksm_barrier *barrier, size_t page, size_t count, int store, uint64_t offset, bool writable);

@@ -49,7 +49,7 @@ static int open_descriptor(void)
 				PROTECT_FEATURE);
 }
 
-/* Of the scratch area, and after it there is as much that nobody may read. */
+/* What pages are moved into; the rest of the area, as much again, nobody may read. */
 static size_t scratch_bytes(void)
 {
 	return bytes(KSM_WINDOW_PAGES);
@@ -65,7 +65,7 @@ static void move_destroy(struct ksm_barrier *barrier)
 	ksm_os_close(barrier->uffd);
 	barrier->uffd = -1;
 	if (barrier->scratch)
-		ksm_os_unmap(barrier->scratch, 2 * scratch_bytes());
+		ksm_os_unmap(barrier->scratch, KSM_SCRATCH_BYTES);
 	barrier->scratch = NULL;
 }
 
@@ -84,11 +84,12 @@ static int map_scratch(char *at, size_t nbytes)
 static int make_scratch(struct ksm_barrier *barrier)
 {
 	void *scratch;
-	int r = ksm_os_map_anon(NULL, 2 * scratch_bytes(), false, true, &scratch);
+	int r = ksm_os_map_anon(NULL, KSM_SCRATCH_BYTES, false, true, &scratch);
 	if (r)
 		return r;
 	barrier->scratch = scratch;
-	ksm_os_name_memory(scratch, 2 * scratch_bytes(), "ksmalloc tables");
+	ksm_os_name_memory(scratch, KSM_SCRATCH_BYTES, "ksmalloc tables");
+	ksm_os_advise(scratch, KSM_SCRATCH_BYTES, MADV_DONTFORK);
 	return map_scratch(scratch, scratch_bytes());
 }
 

@@ -55,8 +55,7 @@ static int ask_for(struct ksm_member *member, void *context)
 	if (ksm_barrier_create(&fresh, (enum ksm_barrier_kind)wanted, park, -1))
 		return KSM_EBARRIER;
 	ksm_merge_lock(&member->peer);
-	ksm_barrier_destroy(&scanner->barrier);
-	scanner->barrier = fresh;
+	ksm_scanner_use(scanner, &fresh);
 	member->options.barrier = wanted;
 	ksm_store_relaxed(&self->barrier, wanted);
 	ksm_store_relaxed(&self->why_not, 0);

@@ -205,7 +205,9 @@ static int make_barrier(struct ksm_member *member, int uffd)
 {
 	struct ksm_scanner *scanner = &member->scanner;
 	struct ksm_park *park = park_of(member);
-	int r = ksm_barrier_create(&scanner->barrier, (enum ksm_barrier_kind)member->options.barrier, park, uffd);
+	struct ksm_barrier fresh;
+	int r = ksm_barrier_create(&fresh, (enum ksm_barrier_kind)member->options.barrier, park, uffd);
+	ksm_scanner_use(scanner, &fresh);
 	struct ksm_slot *self = member->peer.self;
 	ksm_store_relaxed(&self->barrier, r ? (int32_t)KSM_BARRIER_NONE : (int32_t)scanner->barrier.ops->kind);
 	ksm_store_relaxed(&self->why_not, r);

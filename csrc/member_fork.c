@@ -222,14 +222,10 @@ void ksm_member_fork_prepare(struct ksm_member *member)
 static void forget_scanner(struct ksm_member *member, bool mapped)
 {
 	struct ksm_scanner *scanner = &member->scanner;
-	if (mapped) {
+	if (mapped)
 		ksm_merger_fini(&scanner->merger);
-		if (scanner->barrier.scratch)
-			ksm_os_unmap(scanner->barrier.scratch, (size_t)KSM_WINDOW_PAGES << KSM_PAGE_SHIFT);
-	}
 	scanner->merger.buffer = NULL;
-	memset(&scanner->barrier, 0, sizeof(scanner->barrier));
-	scanner->barrier.uffd = -1;
+	ksm_barrier_forget(&scanner->barrier, mapped);
 	scanner->park.ready = false;
 	scanner->park.tasks = -1;
 	ksm_exchange_init(&member->exchange);

@@ -47,6 +47,14 @@ void ksm_scanner_fini(struct ksm_scanner *scanner)
 	ksm_park_destroy(&scanner->park);
 }
 
+void ksm_scanner_use(struct ksm_scanner *scanner, const struct ksm_barrier *barrier)
+{
+	ksm_barrier_destroy(&scanner->barrier);
+	scanner->barrier = *barrier;
+	scanner->peer->own[KSM_OWN_SCRATCH] =
+		(struct ksm_range){barrier->scratch, barrier->scratch ? KSM_SCRATCH_BYTES : 0};
+}
+
 bool ksm_scanner_has_work(struct ksm_scanner *scanner)
 {
 	bool any = scanner->barrier.ops != NULL;

@@ -29,6 +29,10 @@ struct ksm_scanner {
 	uint64_t rest_ns;             /* for so long */
 };
 
+/* From now on windows are opened with this barrier; the one before is destroyed, and what is in the struct is taken over.
+ * The scanner's thread; if there was one before: merge lock held. */
+void ksm_scanner_use(struct ksm_scanner *scanner, const struct ksm_barrier *barrier);
+
 /* Could anything merge at all? Not if there is no barrier and nothing is frozen. */
 bool ksm_scanner_has_work(struct ksm_scanner *scanner);
 

@@ -120,8 +120,11 @@ static int look(const struct ksm_region *region, ksm_pageno first, size_t count,
 	}
 	for (size_t i = 0; i < KSM_COUNT(peer->own); i++)
 		leave_out(&view, peer->own[i].at, peer->own[i].nbytes);
+	leave_out(&view, peer->counts, ksm_peer_counts_bytes(peer));
 	leave_out(&view, region, sizeof(*region));
 	leave_out(&view, region->words, region->room * sizeof(uint64_t));
+	if (region->guard)
+		leave_out(&view, region->guard->bytes, region->guard->room);
 	return r;
 }
 

@@ -380,6 +380,39 @@ TEST(arenas_flags_are_checked)
 	ksm_domain_detach(domain);
 }
 
+/* Each its own blocks, of one page and of many, of an object's size and of a page's; the books are everybody's: ARENA-3. */
+static void *take_and_give(void *argument)
+{
+	static const size_t sizes[] = {1, 100, KSM_PAGE_SIZE, 5 * KSM_PAGE_SIZE, 3000, 40 * KSM_PAGE_SIZE};
+	struct ksm_block blocks[KSM_COUNT(sizes)];
+	uint64_t seed = (uintptr_t)argument;
+	for (int round = 0; round < 300; round++) {
+		for (size_t i = 0; i < KSM_COUNT(sizes); i++) {
+			CHECK_EQ(ksm_arena_alloc(arena, sizes[i], i % 2 ? KSM_ALLOC_UNMERGEABLE : 0, &blocks[i]), 0);
+			memset(blocks[i].address, (int)seed, sizes[i]);
+		}
+		for (size_t i = 0; i < KSM_COUNT(sizes); i++) {
+			const unsigned char *bytes = blocks[i].address;
+			CHECK(bytes[0] == seed && !memcmp(bytes, bytes + 1, sizes[i] - 1));
+			CHECK_EQ(ksm_arena_free(arena, &blocks[i]), 0);
+		}
+	}
+	return NULL;
+}
+
+TEST(threads_share_an_arena)
+{
+	pthread_t threads[4];
+	attach(KSM_BARRIER_STOP);
+	for (size_t i = 0; i < KSM_COUNT(threads); i++)
+		CHECK_EQ(pthread_create(&threads[i], NULL, take_and_give, (void *)(i + 1)), 0);
+	for (size_t i = 0; i < KSM_COUNT(threads); i++)
+		CHECK_EQ(pthread_join(threads[i], NULL), 0);
+	CHECK_EQ(stats().blocks, 0);
+	CHECK_EQ(stats().allocated_bytes, 0);
+	CHECK_EQ(stats().pages, 0);
+}
+
 /* A program unmaps 16 GiB that are registered, and an arena would come to lie there: every page would be known twice. */
 TEST(areas_keep_away_from_what_is_registered)
 {

@@ -266,6 +266,88 @@ TEST_LIMIT(fifty_forks, 60)
 	CHECK_EQ(left_by_sweep(), 0);
 }
 
+/* ---- what a fork leaves behind ------------------------------------------------------------------------------------- */
+
+#define WARM 4
+#define FORKS 24
+
+/* The address sanitizer keeps more with every thread that has been: there, what nobody may read has to do. */
+#ifdef __SANITIZE_ADDRESS__
+#define COUNTED(access) (!strncmp(access, "---p", 4))
+#else
+#define COUNTED(access) (*(access) != 0)
+#endif
+
+static uint64_t address_space(void)
+{
+	char line[512], access[8];
+	unsigned long from, to, nbytes = 0;
+	FILE *maps = fopen("/proc/self/maps", "re");
+	CHECK(maps);
+	while (fgets(line, sizeof(line), maps))
+		if (sscanf(line, "%lx-%lx %7s", &from, &to, access) == 3 && COUNTED(access))
+			nbytes += to - from;
+	fclose(maps);
+	return nbytes;
+}
+
+/* After the scanner has come and merged: it has all that it uses. */
+static uint64_t address_space_of_a_member(void)
+{
+	ksm_process_resume();
+	scan();
+	CHECK_EQ(self_stats().why_not, 0);
+	return address_space();
+}
+
+/* Nothing: no more than a page for each of the forks that were counted, whatever else there is in the process. */
+static void check_nothing_left(uint64_t before)
+{
+	uint64_t now = address_space_of_a_member();
+	printf("%llu KiB before, %llu KiB after %d forks\n", (unsigned long long)before >> 10,
+	       (unsigned long long)now >> 10, FORKS - WARM);
+	CHECK_LE(now, before + (FORKS - WARM) * KSM_PAGE_SIZE);
+}
+
+TEST_LIMIT(a_parent_keeps_no_memory_of_its_forks, 60)
+{
+	if (!kit_can_merge())
+		return;
+	uint64_t before = 0;
+	attach("d");
+	block(PAGES, 1);
+	for (int i = 0; i < FORKS; i++) {
+		uint64_t now = address_space_of_a_member();
+		before = i <= WARM ? now : before;
+		pid_t child = kit_fork();
+		if (child == 0)
+			_exit(0);
+		CHECK_CHILD(child);
+	}
+	check_nothing_left(before);
+}
+
+TEST_LIMIT(children_of_children_inherit_no_memory_of_scanners, 60)
+{
+	if (!kit_can_merge())
+		return;
+	uint64_t before = 0;
+	attach("d");
+	block(PAGES, 1);
+	for (int i = 0; i < FORKS; i++) {
+		uint64_t now = address_space_of_a_member();
+		before = i <= WARM ? now : before;
+		pid_t child = kit_fork();
+		if (child) {
+			CHECK_CHILD(child);
+			return;
+		}
+	}
+	check_nothing_left(before);
+	fflush(NULL);
+	_exit(0);
+}
+
 /* ---- a program that closes everything -------------------------------------------------------------------------------------- */
 
 enum {

@@ -369,6 +369,52 @@ TEST(what_the_scanner_uses_is_nobodys)
 	CHECK_EQ(found[AT + 1], KSM_SURVEY_OURS);
 }
 
+/* Registered, and unmapped by the program; then one of our own tables has come to lie there. */
+static struct ksm_region *region_over(struct ksm_member *a, const void *table, size_t nbytes)
+{
+	struct ksm_region *region = members_region(a, (void *)table, nbytes / KSM_PAGE_SIZE);
+	region->registered = true;
+	return region;
+}
+
+static void check_left_out(struct ksm_member *a, struct ksm_region *region)
+{
+	for (size_t i = 0; i < region->room; i++) {
+		uint8_t found = KSM_SURVEY_OURS;
+		ksm_survey(region, i, 1, &found);
+		CHECK_EQ(found, KSM_SURVEY_GONE);
+	}
+	CHECK_EQ(members_pass(a).why_not, KSM_EMEMORY);
+	CHECK(region->gone);
+	CHECK_EQ(region->states[KSM_PAGE_MERGED] + region->states[KSM_PAGE_DROPPED], 0);
+	ksm_merge_lock(&a->peer);
+	ksm_scanner_remove(&a->scanner, region);
+	ksm_merge_unlock(&a->peer);
+}
+
+static void tables_on(enum ksm_barrier_kind kind)
+{
+	struct ksm_member *a = members_join_with("d", kind);
+	struct ksm_region *guarded = members_region(a, kit_map_filled(PAGES, 1), PAGES), *region;
+	members_region(a, kit_map_filled(PAGES, 1), PAGES);
+	CHECK_EQ(members_merge(a), 2 * PAGES);
+	check_left_out(a, region_over(a, a->peer.counts, 8 * KSM_PAGE_SIZE));
+	if (a->scanner.barrier.scratch)
+		check_left_out(a, region_over(a, a->scanner.barrier.scratch, KSM_SCRATCH_BYTES));
+	CHECK_EQ(ksm_region_guard(guarded), 0);
+	region = region_over(a, guarded->guard->bytes, KSM_PAGE_SIZE);
+	region->guard = guarded->guard;
+	check_left_out(a, region);
+	region->guard = NULL;
+	ksm_scanner_use(&a->scanner, &(struct ksm_barrier){.uffd = -1});
+	CHECK_EQ(a->peer.own[KSM_OWN_SCRATCH].nbytes, 0);
+}
+
+TEST(the_tables_used_in_a_window_are_nobodys)
+{
+	members_on_each_barrier(tables_on);
+}
+
 TEST(bytes_are_read_without_faulting)
 {
 	uint64_t bytes[KSM_PAGE_SIZE / 8];
