@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-C      := $(wildcard csrc/*.[ch] tests/*/*.[ch])
+C      := $(wildcard csrc/*.[ch] tests/*/*.[ch] tests/*/*/*.[ch])
 PYX    := $(wildcard ksmalloc/*.pyx ksmalloc/*.pxi ksmalloc/*.pxd)
 BENCH  := -std=gnu11 -D_GNU_SOURCE -O2 -pthread -iquote csrc
 CORE   := $(filter-out csrc/preload.c,$(wildcard csrc/*.c))

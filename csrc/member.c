@@ -207,6 +207,8 @@ static int make_barrier(struct ksm_member *member, int uffd)
 	struct ksm_park *park = park_of(member);
 	struct ksm_barrier fresh;
 	int r = ksm_barrier_create(&fresh, (enum ksm_barrier_kind)member->options.barrier, park, uffd);
+	if (r == -ENOSYS && scanner->park_error)
+		r = fresh.error = scanner->park_error; /* what it lacks is the park, and that has a reason */
 	ksm_scanner_use(scanner, &fresh);
 	struct ksm_slot *self = member->peer.self;
 	ksm_store_relaxed(&self->barrier, r ? (int32_t)KSM_BARRIER_NONE : (int32_t)scanner->barrier.ops->kind);

@@ -166,7 +166,9 @@ static void publish_why_not(struct ksm_scanner *scanner, int why_not)
 	const struct ksm_barrier_ops *ops = scanner->barrier.ops;
 	if (why_not == -EAGAIN) /* the next pass will do it */
 		why_not = 0;
-	if (!why_not && ops && ops->kind == KSM_BARRIER_STOP)
+	if (!why_not && !ops)
+		why_not = scanner->barrier.error;
+	else if (!why_not && ops->kind == KSM_BARRIER_STOP)
 		why_not = scanner->park.why;
 	ksm_store_relaxed(&scanner->peer->self->why_not, why_not);
 }

@@ -16,12 +16,14 @@ from typing import NamedTuple
 import buildkit
 import pytest
 import sankit
+from pace import SLOWER
 
 CSRC = buildkit.CSRC
 PROGRAMS = buildkit.ROOT / "tests" / "csrc"
 LIMIT = 60  # HARNESS_LIMIT of harness.h
 PATIENCE = 4  # HARNESS_PATIENCE
 HERE = sankit.tool()  # everything runs under it
+PACE = max(SLOWER, HERE.slower if HERE else 1)
 FLAGS = ("-O1", "-fvisibility=default", *buildkit.SWITCHES, *buildkit.AUDITED)
 
 
@@ -80,7 +82,7 @@ class Done(NamedTuple):
 def run(executable: Path, *arguments: str, limit: float, under: sankit.Tool | None = HERE) -> Done:
     """Run a program in a session of its own; kill what it leaves behind."""
     reports = sankit.Reports(under)
-    limit *= under.slower if under else 1
+    limit *= max(SLOWER, under.slower if under else 1)
     with subprocess.Popen(
         reports.command(executable, *arguments),
         env=reports.environment(),
@@ -181,7 +183,7 @@ def test_harness_runs_each_case_in_its_own_process(harness_program: Path) -> Non
         "FAILED  fails: status 1",
         "not true: 1 + 1 == 3 (2, 3)",
         "FAILED  dies: Aborted",
-        f"FAILED  hangs: no end within {PATIENCE * (HERE.slower if HERE else 1)} s",
+        f"FAILED  hangs: no end within {PATIENCE * PACE:g} s",
         "FAILED  child_fails: status 1",
         "ok      child_killed (",
         "6 cases, 4 failed",

@@ -31,9 +31,10 @@ static struct ksm_member *worn(char **at, struct ksm_region **region)
  * has been looked up, and is pinned. A process that lost its processor there would look the same.
  */
 struct slow {
-	char *from, *to;
+	char *from;
 	int uffd;
 	pid_t child;
+	uint32_t *steps; /* 1: the copying waits for the page; 2: it may go on */
 };
 
 static void *provide(void *argument)
@@ -43,7 +44,8 @@ static void *provide(void *argument)
 	struct ksm_os_uffd_event event;
 	kit_fill(bytes, 999);
 	CHECK_EQ(ksm_os_uffd_read(slow->uffd, UINT64_MAX, &event), KSM_OS_UFFD_SLEEPER);
-	ksm_os_sleep_ns(300 * MS);
+	kit_reach(slow->steps, 1);
+	kit_await(slow->steps, 2);
 	struct uffdio_copy copy = {.dst = (uintptr_t)slow->from, .src = (uintptr_t)bytes, .len = KSM_PAGE_SIZE};
 	CHECK_EQ(ioctl(slow->uffd, UFFDIO_COPY, &copy), 0);
 	return NULL;
@@ -52,7 +54,7 @@ static void *provide(void *argument)
 static void begin_slow_write(struct slow *slow, char *to)
 {
 	pid_t parent = getpid();
-	slow->to = to;
+	slow->steps = kit_steps();
 	slow->child = kit_fork();
 	if (slow->child)
 		return;
@@ -66,19 +68,35 @@ static void begin_slow_write(struct slow *slow, char *to)
 	_exit(n == (ssize_t)KSM_PAGE_SIZE ? 0 : 1);
 }
 
-/* Returns whether the write is there when it has ended. */
+static int call_nothing(void *context KSM_UNUSED)
+{
+	return 0;
+}
+
+/* The pages rest: only now does the copying go on. */
+static int let_go_on(void *context)
+{
+	kit_reach(context, 2);
+	return 0;
+}
+
+/* Returns whether the write is there when it has ended. Without a rest it goes on when the pages have been given back. */
 static bool write_slowly(uint64_t rest_ns)
 {
+	struct ksm_merge_counts counts = {0};
 	struct ksm_region *region;
 	struct slow slow;
 	char *at;
 	struct ksm_member *a = worn(&at, &region);
 	a->scanner.rest_ns = rest_ns;
 	begin_slow_write(&slow, kit_page(at, 3));
-	ksm_os_sleep_ns(100 * MS); /* it has begun */
+	kit_await(slow.steps, 1);
+	struct ksm_scan_between hook = {call_nothing, slow.steps, let_go_on};
 	for (int pass = 0; pass < 20 && members_counter(a, KSM_GIVE_BACKS) < PAGES - 1; pass++)
-		members_pass(a);
+		CHECK_EQ(ksm_scan_pass(&a->scanner, NULL, KSM_SCAN_ALL, &hook, &counts), 0);
 	CHECK_GE(members_counter(a, KSM_GIVE_BACKS), PAGES - 1);
+	CHECK_EQ(ksm_load_relaxed(slow.steps), rest_ns ? 2 : 1);
+	kit_reach(slow.steps, 2);
 	CHECK_EQ(harness_wait(__FILE__, __LINE__, slow.child), 0);
 	bool there = kit_is(kit_page(at, 3), 999);
 	for (size_t i = 0; i < PAGES; i++)
@@ -180,11 +198,6 @@ static int disturb(void *context)
 	if (guest->calls++ || !guest->unmaps)
 		return !guest->unmaps;
 	members_unmap(guest->member, guest->region); /* REST-4: as another thread would */
-	return 0;
-}
-
-static int call_nothing(void *context KSM_UNUSED)
-{
 	return 0;
 }
 
