@@ -102,6 +102,11 @@ def build(out: Path, *without: str) -> Path:
     return buildkit.program("limits", folders, out, *buildkit.CHECKED)
 
 
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("limits"))
+
+
 class Died(Exception):
     """A worker ended instead of answering; `status` as of `Popen.returncode`."""
 
@@ -136,6 +141,12 @@ class Worker:
         self.tell(*words)
         return self.answer()
 
+    def settle(self) -> dict[str, str]:
+        """The last report. On a busy machine threads may not be held for a while."""
+        while (report := self.ask("settle", 1000))["settled"] != "1":
+            pass
+        return report
+
     def stats(self) -> dict[str, str]:
         return self.ask("stats")
 
@@ -163,9 +174,9 @@ def settings(**values: int) -> Iterator[None]:
 @contextmanager
 def swap(nbytes: int) -> Iterator[Path]:
     """A swap file of one's own meanwhile."""
-    with ExitStack() as stack:
-        file = Path(f"/var/tmp/ksmalloc-swap-{os.getpid()}")
-        stack.callback(file.unlink, missing_ok=True)
+    file = Path(f"/var/tmp/ksmalloc-swap-{os.getpid()}")
+    with ExitStack() as unused:
+        unused.callback(file.unlink, missing_ok=True)
         with open(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as out:
             for _ in range(nbytes // MIB):
                 out.write(bytes(MIB))
@@ -174,8 +185,12 @@ def swap(nbytes: int) -> Iterator[Path]:
             done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
             if done.returncode != 0:
                 pytest.skip(f"needs a swap file: {done.stderr}")
-        stack.callback(_swapoff, file)
+        unused.pop_all()
+    try:
         yield file
+    finally:
+        _swapoff(file)  # else it stays: without a name nobody could ever switch it off
+        file.unlink()
 
 
 def _swapoff(file: Path) -> None:

@@ -11,7 +11,10 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from conftest import Processes
+
+import ksmalloc
 
 LOCK_LIVENESS = (1 << 32) + 64  # of slot 0: layout.h
 JOIN = """
@@ -24,6 +27,13 @@ except Exception as error:
 else:
     print("joined")
 """
+
+
+@pytest.fixture
+def place(rendezvous: str) -> Path:
+    """A rendezvous with a domain that somebody made and left."""
+    ksmalloc.Domain(path=rendezvous).close()
+    return Path(rendezvous)
 
 
 def joined(processes: Processes, rendezvous: Path) -> str:

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 from conftest import Processes
 
+PATIENCE = 10  # seconds that what was killed may take to end
 NOT_HERE = 77  # the status of a program that says: what you want does not work on this machine
+
+
+def said_so_far(process: subprocess.Popen[str]) -> str:
+    """What a program that was killed has said. One that is left may still have the pipe open."""
+    try:
+        return process.communicate(timeout=PATIENCE)[0]
+    except subprocess.TimeoutExpired as late:
+        return (late.stdout or b"").decode(errors="replace") + f"\nand {PATIENCE} s later somebody is left"
 
 
 class Run:
@@ -27,7 +36,7 @@ class Run:
             self.output, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
             process.kill()  # its processes go with it
-            pytest.fail(f"no end within {limit} s\n{process.communicate()[0]}", pytrace=False)
+            pytest.fail(f"no end within {limit} s\n{said_so_far(process)}", pytrace=False)
         asked = shlex.join(map(str, arguments))
         print(asked, self.output, sep="\n")
         self.status = process.returncode

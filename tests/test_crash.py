@@ -64,7 +64,9 @@ DEBRIS = {  # what the survivor must have found, or a death was not where it sho
     "fork": {"born"},
 }
 DEBRIS_OF_DEATH = {"fork-child": {"born"}}
-DEBRIS_OF_STOPS = {"join": {"join_locks", "refused"}, "settings": {"join_locks", "refused"}}
+DEBRIS_OF_STOPS = {
+    name: {"join_locks", "refused"} for name in ("create", "create-again", "join", "clean", "settings")
+}
 
 
 @pytest.fixture(scope="module")
@@ -127,15 +129,17 @@ CONTROLS = (
     Control("published-before-written", "promote", r"VALID-4: frame \d+ is PUBLISHED without its bytes"),
     Control("put-before-unmapped", "drop", r"has frame \d+ mapped, and its bit is not set"),
     Control("bits-not-inherited", "fork", r"mapped, and its bit is not set|pages hold something else"),
-    Control("dead-taken-for-living", "allocate", r"VALID-11: frame \d+ is ALLOC after a sweep"),
+    Control("bits-not-inherited", "resume", r"has frame \d+ mapped, and its bit is not set"),
+    Control("dead-taken-for-living", "abandon", r"VALID-11: frame \d+ is ALLOC after a sweep"),
     Control("freed-before-punched", "sweep", r"VALID-5: frame \d+ is FREE, but takes memory"),
     Control("waits-for-the-stopped", "allocate", "somebody waits for ever", ("--stop", "--patience", "10")),
 )
 
 
-@pytest.mark.parametrize("control", CONTROLS, ids=lambda control: control.bug)
+@pytest.mark.parametrize("control", CONTROLS, ids=lambda control: f"{control.bug}-{control.operation}")
 def test_control_is_found(control: Control, crash: Path, rendezvous: str, processes: Processes) -> None:
     arguments = ("--operation", control.operation, "--states", "--plant", control.bug, *control.arguments)
     run = run_crash(processes, crash, rendezvous, *arguments)
     assert run.status != 0, run.output
     assert re.search(control.found, run.output), run.output
+    assert "boundary 0:" not in run.output, run.output  # nothing has been done there yet: it was a step

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -68,12 +69,14 @@ def run(
         str(seed),
         env=environment() | more,
         stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
     try:
         output, _ = process.communicate(timeout=4 * seconds + PATIENCE)
     except subprocess.TimeoutExpired:
-        process.kill()
-        pytest.fail(f"seed {seed}, {faults}: it hangs\n{process.communicate()[0]}", pytrace=False)
+        os.killpg(process.pid, signal.SIGKILL)  # children hold the other end of its output, too
+        output, _ = process.communicate(timeout=60)
+        pytest.fail(f"seed {seed}, {faults}: it hangs\n{output}", pytrace=False)
     failed: Counter[str] = Counter()
     for line in log.read_text().splitlines() if log.exists() else ():
         name, count = line.split()

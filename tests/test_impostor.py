@@ -19,19 +19,12 @@ from pathlib import Path
 
 import pytest
 from conftest import Processes
-from plantkit import joined, living, picture
+from plantkit import joined, living, picture, place
 
-import ksmalloc
+__all__ = ["place"]  # a fixture
 
 MESSAGE = struct.Struct("<QIIiI16s")  # struct ksm_message
 ANSWER = 4  # KSM_MESSAGE_ANSWER
-
-
-@pytest.fixture
-def place(tmp_path: Path, rendezvous: str) -> Path:
-    """A rendezvous with a domain that somebody made and left."""
-    ksmalloc.Domain(path=rendezvous).close()
-    return Path(rendezvous)
 
 
 # ---- a socket that answers

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 from conftest import Processes
-from limitkit import SECONDS, Died, Worker, build, meminfo, needs_root, run, settings
+from limitkit import SECONDS, Died, Worker, build, meminfo, needs_root, program, run, settings
+
+__all__ = ["program"]  # a fixture
 
 pytestmark = [needs_root, pytest.mark.timeout(3 * SECONDS)]
 
@@ -105,11 +107,6 @@ def never_more_than_there_is() -> Iterator[None]:
         kbytes.write_text(str((meminfo("Committed_AS") + LEFT) // 1024))
         stack.enter_context(settings(user_reserve_kbytes=LEFT // 256, overcommit_memory=2))
         yield
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("limits"))
 
 
 @pytest.fixture(scope="module")

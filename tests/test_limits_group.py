@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import Processes, wait_until
 from groupkit import Group
-from limitkit import MIB, PAGE, SECONDS, Died, Worker, build
+from limitkit import MIB, PAGE, SECONDS, Died, Worker, build, program
 from teamkit import by_mapping, store_blocks
+
+__all__ = ["program"]  # a fixture
 
 WORKERS = 3
 PAGES = 48 * MIB // PAGE
@@ -24,11 +26,6 @@ KILLED = -9
 
 pytestmark = pytest.mark.timeout(3 * SECONDS)
 Start = Callable[..., Worker]
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("limits"))
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +61,6 @@ def filled(processes: Processes, program: Path, rendezvous: str, group: Group) -
         worker.ask("fill", PAGES, 1)
     assert group.charged() > WORKERS * PAGES * PAGE
     return workers
-
-
-def settle(worker: Worker) -> str:
-    """Returns why not more has merged in this worker."""
-    while (report := worker.ask("settle", 1000))["settled"] != "1":
-        pass
-    return report["why_not"]
 
 
 def scan_or_die(workers: list[Worker]) -> dict[Worker, dict[str, str]]:
@@ -118,7 +108,9 @@ def test_at_the_limit_nothing_is_written_and_nobody_killed(
     # A few MiB more, and merging gives back what two of three copies took.
     before = group.used()
     group.set_limit(limit + MORE_ROOM)
-    assert wait_until(lambda: settle(workers[0]) == "OK", SECONDS)  # limits are looked up now and then
+    assert wait_until(
+        lambda: workers[0].settle()["why_not"] == "OK", SECONDS
+    )  # limits are looked up now and then
     after = group.used()
     check_merged(workers, pids)
     assert group.kills() == 0
@@ -153,7 +145,7 @@ def test_at_the_limit_frames_that_exist_are_merged_with(
         worker.ask("scan")
     assert sum(worker.count("promotions") for worker in outside) == PAGES
     assert list(scan_or_die(workers)) == workers
-    settle(outside[0])
+    outside[0].settle()
     everybody = [*workers, *outside]
     check_merged(everybody, [worker.pid for worker in everybody])
     after = group.used()

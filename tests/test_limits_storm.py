@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from conftest import Processes, wait_until
 from groupkit import Group
-from limitkit import MIB, PAGE, SECONDS, Died, Worker, build
+from limitkit import MIB, PAGE, SECONDS, Died, Worker, program
 from teamkit import store_blocks
+
+__all__ = ["program"]  # a fixture
 
 WORKERS = 6
 BYTES = 32 * MIB
@@ -26,11 +28,6 @@ KILLED = -9
 pytestmark = pytest.mark.timeout(3 * SECONDS)
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("limits"))
-
-
 def join(processes: Processes, program: Path, rendezvous: str, group: Group | None) -> Worker:
     worker = Worker(processes, program)
     if group:
@@ -40,10 +37,9 @@ def join(processes: Processes, program: Path, rendezvous: str, group: Group | No
     return worker
 
 
-def settle(worker: Worker) -> int:
-    """Returns how many pages are merged. On a busy machine threads may not be held for a while."""
-    while worker.ask("settle", 1000)["settled"] != "1":
-        pass
+def settled(worker: Worker) -> int:
+    """How many of its pages are merged then."""
+    worker.settle()
     return worker.count("merged")
 
 
@@ -64,9 +60,9 @@ def test_survivors_keep_every_byte_and_the_domain_goes_on(
 ) -> None:
     with Group("storm") as group:
         workers = [join(processes, program, rendezvous, group) for _ in range(WORKERS)]
-        settle(workers[0])
+        workers[0].settle()
         outside = join(processes, program, rendezvous, None)
-        settle(outside)
+        outside.settle()
         everybody = [*workers, outside]
         assert [worker.count("merged") for worker in everybody] == [PAGES] * (WORKERS + 1)
         assert abs(store_blocks([outside.pid]) - BYTES) <= MIB
@@ -83,16 +79,16 @@ def test_survivors_keep_every_byte_and_the_domain_goes_on(
             worker.ask("verify")
 
         # Who is left holds equal bytes again: they merge, with room for all.
-        settle(left[0])
+        left[0].settle()
         for worker in left:
             worker.ask("verify")
             assert worker.count("breaks") >= PAGES
         assert wait_until(lambda: outside.count("peers") == len(left) + 1)
         if len(left) > 1:
-            assert wait_until(lambda: all(settle(worker) == PAGES for worker in left), SECONDS)
+            assert wait_until(lambda: all(settled(worker) == PAGES for worker in left), SECONDS)
         print(f"merged again: {group.used() >> 20} MiB used")
         late = join(processes, program, rendezvous, group)
-        settle(late)
+        late.settle()
         for worker in (late, outside):
             worker.ask("verify")
             assert worker.count("merged") == PAGES

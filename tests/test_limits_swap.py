@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import Processes
 from groupkit import Group
-from limitkit import MIB, PAGE, SECONDS, Worker, build, needs_root, run, status, swap
+from limitkit import MIB, PAGE, SECONDS, Worker, needs_root, program, run, status, swap
 from teamkit import store_blocks
+
+__all__ = ["program"]  # a fixture
 
 WORKERS = 3
 PAGES = 16 * MIB // PAGE
@@ -93,18 +95,16 @@ def test_pages_that_a_process_pushes_out(barrier: str, processes: Processes, ren
         print(run(processes, rendezvous, PAGED_OUT, barrier))
 
 
-def test_a_group_whose_memory_is_taken_back(
-    processes: Processes, rendezvous: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_group_whose_memory_is_taken_back(processes: Processes, program: Path, rendezvous: str) -> None:
     """Frames go to swap as well, are read for comparing from there, and are freed there."""
-    program: Path = build(tmp_path_factory.mktemp("limits"))
     with swap(256 * MIB), Group("swap") as group:
         workers = [Worker(processes, program) for _ in range(WORKERS)]
         for worker in workers:
             worker.ask("enter", group.path)
             worker.ask("join", rendezvous, "swap")
             worker.ask("fill", PAGES, OLD)
-        settle(workers)
+        for worker in workers:
+            worker.settle()
         pids = [worker.pid for worker in workers]
         assert [worker.count("merged") for worker in workers] == [PAGES] * WORKERS
         assert store_blocks(pids) == PAGES * PAGE
@@ -123,11 +123,13 @@ def test_a_group_whose_memory_is_taken_back(
         late.ask("join", rendezvous, "swap")
         late.ask("fill", PAGES, OLD)
         everybody = [*workers, late]
-        settle(everybody)
+        for worker in everybody:
+            worker.settle()
         assert late.count("merged") == PAGES
         for worker in everybody:
             worker.ask("verify")
-        settle(everybody)  # what was verified is in memory again, and equal
+        for worker in everybody:  # what was verified is in memory again, and equal
+            worker.settle()
         for worker in everybody:
             worker.ask("verify")
             assert worker.count("merged") == PAGES
@@ -141,9 +143,3 @@ def test_a_group_whose_memory_is_taken_back(
         for worker in everybody:
             worker.process.stdin.close()
         assert [worker.process.wait(SECONDS) for worker in everybody] == [0] * (WORKERS + 1)
-
-
-def settle(workers: list[Worker]) -> None:
-    for worker in workers:
-        while worker.ask("settle", 1000)["settled"] != "1":
-            pass

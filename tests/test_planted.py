@@ -14,16 +14,9 @@ from pathlib import Path
 
 import pytest
 from conftest import Processes
-from plantkit import joined, living, picture
+from plantkit import joined, living, picture, place
 
-import ksmalloc
-
-
-@pytest.fixture
-def place(tmp_path: Path, rendezvous: str) -> Path:
-    """A rendezvous with a domain that somebody made and left."""
-    ksmalloc.Domain(path=rendezvous).close()
-    return Path(rendezvous)
+__all__ = ["place"]  # a fixture
 
 
 # ---- the domain file

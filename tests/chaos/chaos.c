@@ -70,6 +70,11 @@ uint32_t chaos_seed(uint32_t place)
 	return (uint32_t)(x >> 32) | 1;
 }
 
+const char *chaos_doing_in(uint32_t place)
+{
+	return doings[chaos_get32(&chaos->places[place].doing) % CHAOS_DOINGS_COUNT];
+}
+
 void chaos_judge(int pid, uint32_t place, int status)
 {
 	bool killed = WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL;
@@ -80,8 +85,8 @@ void chaos_judge(int pid, uint32_t place, int status)
 		chaos_add(&chaos->totals.kills_while[chaos_get32(&chaos->places[place].doing) % CHAOS_DOINGS_COUNT], 1);
 	if (status == 0 || meant)
 		return;
-	fprintf(stderr, "process %d in place %u ended with wait status 0x%x, doing %u\n", pid, place, (unsigned)status,
-		place <= CHAOS_PLACES ? chaos_get32(&chaos->places[place].doing) : 0);
+	fprintf(stderr, "process %d in place %u ended with wait status 0x%x, doing %s\n", pid, place, (unsigned)status,
+		place <= CHAOS_PLACES ? chaos_doing_in(place) : "nobody knows what");
 	chaos_add(&chaos->totals.failed, 1);
 }
 

@@ -163,6 +163,8 @@ void chaos_check(int r, const char *what);
 double chaos_now(void);
 /* A process has ended that is nobody's but this one's to judge. */
 void chaos_judge(int pid, uint32_t place, int status);
+/* The name of what is done in a place. */
+const char *chaos_doing_in(uint32_t place);
 /* A new seed for whoever begins in a place. */
 uint32_t chaos_seed(uint32_t place);
 /* How everybody joins. */

@@ -231,6 +231,21 @@ static void print_stacks(int pid)
 		fprintf(stderr, "no stacks of process %d\n", pid);
 }
 
+static bool is_at_rest(uint32_t number)
+{
+	uint32_t rest = chaos_get32(&chaos->rest);
+	return rest % 2 && chaos_get32(&chaos->places[number].rested) == rest;
+}
+
+static void say_who_stands_still(void)
+{
+	double now = chaos_now();
+	for (uint32_t number = 0; number < CHAOS_PLACES; number++)
+		if (watches[number].pid && !is_at_rest(number) && now - watches[number].since > patience / 2)
+			fprintf(stderr, "process %d in place %u has stood still for %.0f s, doing %s\n",
+				watches[number].pid, number, now - watches[number].since, chaos_doing_in(number));
+}
+
 static bool anybody_hangs(void)
 {
 	double now = chaos_now();
@@ -238,13 +253,12 @@ static bool anybody_hangs(void)
 		struct watch *watch = &watches[number];
 		int pid = chaos_pid(&chaos->places[number]);
 		uint64_t beats = chaos_get(&chaos->places[number].beats);
-		if (!pid || pid != watch->pid || beats != watch->beats || watch->until) {
+		if (!pid || pid != watch->pid || beats != watch->beats || watch->until || is_at_rest(number)) {
 			watch->pid = pid;
 			watch->beats = beats;
 			watch->since = now;
 		} else if (now - watch->since > patience) {
-			fprintf(stderr, "process %d in place %u makes no progress; doing %u\n", pid, number,
-				chaos_get32(&chaos->places[number].doing));
+			say_who_stands_still();
 			chaos_add(&chaos->totals.hung, 1);
 			print_stacks(pid);
 			return true;
@@ -280,12 +294,13 @@ static bool wait_for_rest(uint32_t number)
 		tend(false);
 		if (chaos_now() > end || anybody_hangs()) {
 			fprintf(stderr, "not everybody comes to rest\n");
+			say_who_stands_still();
 			for (unsigned i = 0; i < CHAOS_PLACES; i++)
 				if (chaos_get32(&chaos->places[i].state) != CHAOS_EMPTY &&
 				    chaos_get32(&chaos->places[i].rested) != number)
-					fprintf(stderr, "place %u: process %d, state %u, doing %u\n", i,
+					fprintf(stderr, "place %u: process %d, state %u, doing %s\n", i,
 						chaos_pid(&chaos->places[i]), chaos_get32(&chaos->places[i].state),
-						chaos_get32(&chaos->places[i].doing));
+						chaos_doing_in(i));
 			chaos_add(&chaos->totals.hung, 1);
 			return false;
 		}

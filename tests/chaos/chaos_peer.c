@@ -24,10 +24,11 @@
 #define EXEC_ONE_IN 100
 #define EXEC_VARIABLES 15
 #define ACTOR_US 400
+#define MARK "KSMALLOC_TEST_SESSION=" /* by which the tests know what they have started */
 
 static struct chaos_place *place;
 static uint32_t seed;
-static bool has_writer;
+static bool has_writer, depends; /* depends: on the master */
 
 static void begin(enum chaos_doing doing)
 {
@@ -196,17 +197,21 @@ static char *a_long_string(void)
 
 static void exec_anew(void)
 {
-	char file[16], number[16], name[] = "chaos", *variables[EXEC_VARIABLES + 1] = {NULL};
+	char file[16], number[16], name[] = "chaos", *variables[EXEC_VARIABLES + 2] = {NULL};
+	unsigned n = 0;
 	begin(CHAOS_EXEC);
 	snprintf(file, sizeof(file), "%d", chaos_fd);
 	snprintf(number, sizeof(number), "%u", chaos_here.place);
 	char member[] = "--member", *arguments[] = {name, member, file, number, NULL};
+	for (char **one = environ; *one && !n; one++)
+		if (!strncmp(*one, MARK, strlen(MARK)))
+			variables[n++] = *one;
 	chaos_add(&chaos->totals.execs, 1);
 	if (chaos->plant != CHAOS_PLANT_EXEC)
 		ksm_process_before_exec();
 	else
 		for (unsigned i = 0; i < EXEC_VARIABLES; i++)
-			variables[i] = a_long_string();
+			variables[n++] = a_long_string();
 	execve("/proc/self/exe", arguments, variables);
 	chaos_die("exec", errno);
 }
@@ -254,7 +259,7 @@ static void be_a_child(struct chaos_place *mine, uint32_t number)
 	chaos_here.place = number;
 	chaos_here.first_seed = seed = chaos_seed(number);
 	chaos_here.acts = 0;
-	has_writer = false;
+	has_writer = depends = false;
 	count(true);
 	verify_all("in a new child");
 }
@@ -288,6 +293,18 @@ static void fork_child(void)
 		exec_anew();
 }
 
+/* As long as the one who forked us lives, its death is not to be ours. */
+static void depend_on_master(void)
+{
+	int parent = (int)getppid();
+	if (!depends && parent == chaos->master) {
+		depends = true;
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+	} else if (parent != chaos->master && kill(chaos->master, 0)) {
+		_exit(0);
+	}
+}
+
 /* ---- what it does ------------------------------------------------------------------------------------------- */
 
 static void rest(uint32_t number)
@@ -302,6 +319,7 @@ static void rest(uint32_t number)
 	chaos_set32(&place->rested, number);
 	while (chaos_get32(&chaos->rest) == number) {
 		usleep(2000);
+		depend_on_master();
 		reap();
 	}
 	verify_all("after a rest");
@@ -409,19 +427,6 @@ static void act(void)
 		end(r % 2);
 	} else if (r < 3980 && !has_writer) {
 		start_writer();
-	}
-}
-
-/* As long as the one who forked us lives, its death is not to be ours. */
-static void depend_on_master(void)
-{
-	static bool depends;
-	int parent = (int)getppid();
-	if (!depends && parent == chaos->master) {
-		depends = true;
-		prctl(PR_SET_PDEATHSIG, SIGKILL);
-	} else if (parent != chaos->master && kill(chaos->master, 0)) {
-		_exit(0);
 	}
 }
 

@@ -93,21 +93,7 @@ static void finish(struct world *world, pid_t pid)
 		FAIL("%s: the victim ended with wait status 0x%x", world->operation->name, (unsigned)status);
 }
 
-static const struct ksm_bitmap *bitmap_of(const struct world *world)
-{
-	ksm_slotno slot = world->operation->flags & WANTS_CHILD ? world->board->child_slot : world->board->slot;
-	if (!world->survivor || slot == KSM_NO_SLOT)
-		return NULL;
-	return world->survivor->peer.others[slot].bitmap;
-}
-
-static void look(struct world *world, pid_t pid)
-{
-	if (bitmap_of(world))
-		crash_world_look(world, pid, bitmap_of(world));
-}
-
-/* The whole way, and then to the victim's own end: it has done what it was to do. */
+/* The whole way, and then to the victim's own end: it has done what it was to do. A planted bug is left to the steps. */
 static void record(struct world *world, const struct trace *trace)
 {
 	begin(world);
@@ -115,7 +101,9 @@ static void record(struct world *world, const struct trace *trace)
 	world->board->lenient = asked.stop;
 	pid_t pid = crash_start(world);
 	crash_record(world, pid, trace);
-	look(world, pid);
+	if (crash_planted)
+		return;
+	crash_world_look(world, pid);
 	crash_detach(pid, trace, false);
 	finish(world, pid);
 	crash_world_recover(world);
@@ -137,7 +125,7 @@ static bool kill_at(struct world *world, const struct trace *trace, size_t bound
 	begin(world);
 	pid_t pid = crash_start(world);
 	bool there = go(world, pid, trace, boundary, attempt);
-	look(world, pid);
+	crash_world_look(world, pid);
 	kill_it(pid);
 	crash_world_recover(world);
 	crash_world_end(world);
@@ -158,7 +146,7 @@ static bool stop_at(struct world *world, const struct trace *trace, size_t bound
 		CHECK(WIFSTOPPED(status));
 	}
 	crash_world_go_on(world);
-	look(world, pid);
+	crash_world_look(world, pid);
 	CHECK(!kill(pid, SIGCONT));
 	finish(world, pid);
 	crash_world_recover(world);

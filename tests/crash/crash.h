@@ -49,6 +49,7 @@ enum {
 /* What the victim tells; in memory that both see. */
 struct board {
 	ksm_slotno slot, child_slot; /* KSM_NO_SLOT: none */
+	struct ksm_seat *seat;       /* where the victim keeps what it has now: it may move */
 	int bitmap_fd, child_bitmap_fd;
 	pid_t child;
 	uint32_t lenient; /* others meddle with what the operation wants: it may miss some of it */
@@ -129,8 +130,8 @@ static inline void crash_mark(void)
 }
 /* The victim has stopped before its operation: the survivor gets to know it. */
 void crash_world_meet(struct world *world);
-/* Every page of the store that a stopped process has mapped: its bit is set. */
-void crash_world_look(struct world *world, pid_t pid, const struct ksm_bitmap *bitmap);
+/* Every page of the store that the victim, stopped, has mapped: its bit is set. */
+void crash_world_look(struct world *world, pid_t pid);
 /* The victim is dead: recover, check, do what it did, check, leave. */
 void crash_world_recover(struct world *world);
 /* The victim is stopped: the others go on. */
@@ -191,8 +192,8 @@ void crash_watch_end(void);
 /* From now on time passes only as this process asks for it, and as it sleeps. */
 void crash_stop_clock(void);
 void crash_pass_time(uint64_t ns);
-/* The join lock is waited for, but only for some milliseconds instead of many seconds. */
-extern bool crash_in_a_hurry;
+/* The join lock is waited for, but only for some milliseconds instead of many seconds; the same for an answer. */
+extern bool crash_in_a_hurry, crash_expects_no_answer;
 
 struct plant {
 	const char *name;

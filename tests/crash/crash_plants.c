@@ -2,7 +2,8 @@
 /*
  * Controls: bugs that somebody might make, put in front of the core's own functions. The test must find each. And two
  * things that are no bugs: a victim has a time of its own, which passes as it asks for it, so that it goes the same way
- * every time; and who looks in while another one is stopped does not wait as long for the join lock as it would.
+ * every time; and who looks in while another one is stopped waits neither for the join lock nor for an answer as long as
+ * it would.
  */
 #include "crash.h"
 
@@ -69,13 +70,21 @@ int __wrap_ksm_os_poll(struct pollfd *fds, size_t count, uint64_t timeout_ns)
 
 #define HURRY_MS 20
 
-bool crash_in_a_hurry;
+bool crash_in_a_hurry, crash_expects_no_answer;
 
 int __real_ksm_rendezvous_lock(int file, uint64_t byte, uint32_t timeout_ms);
 int __wrap_ksm_rendezvous_lock(int file, uint64_t byte, uint32_t timeout_ms);
 int __wrap_ksm_rendezvous_lock(int file, uint64_t byte, uint32_t timeout_ms)
 {
 	return __real_ksm_rendezvous_lock(file, byte, crash_in_a_hurry ? HURRY_MS : timeout_ms);
+}
+
+int __real_ksm_exchange_join(int directory, int file, uint32_t timeout_ms, int *control, int *store);
+int __wrap_ksm_exchange_join(int directory, int file, uint32_t timeout_ms, int *control, int *store);
+int __wrap_ksm_exchange_join(int directory, int file, uint32_t timeout_ms, int *control, int *store)
+{
+	return __real_ksm_exchange_join(directory, file, crash_expects_no_answer ? HURRY_MS : timeout_ms, control,
+					store);
 }
 
 /* ---- bugs --------------------------------------------------------------------------------------------------------- */

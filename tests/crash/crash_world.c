@@ -251,13 +251,10 @@ static void survivor_begin(struct world *world)
 
 void crash_world_begin(struct world *world, const struct operation *operation, const char *rendezvous)
 {
-	struct board *board = world->board;
-	*world = (struct world){.operation = operation, .board = board, .dead_bitmap = -1};
+	*world = (struct world){.operation = operation, .dead_bitmap = -1};
 	world->dead_frame = world->marked_frame = KSM_NO_FRAME;
-	if (!board) {
-		world->board = mmap(NULL, KSM_PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-		CHECK(world->board != MAP_FAILED);
-	}
+	world->board = mmap(NULL, KSM_PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	CHECK(world->board != MAP_FAILED);
 	*world->board =
 		(struct board){.slot = KSM_NO_SLOT, .child_slot = KSM_NO_SLOT, .bitmap_fd = -1, .child_bitmap_fd = -1};
 	/* As many letters in every round: as many steps. */
@@ -310,6 +307,7 @@ static void victim_settle(struct victim *v)
 	victim_hold(v, 0, v->shared);
 	v->own = crash_publish(v->member, SEED_THEIRS, true);
 	victim_hold(v, 1, v->own);
+	world->board->seat = &peer->seat;
 	world->board->slot = peer->seat.slot;
 	world->board->bitmap_fd = peer->seat.bitmap_fd;
 	if (!(flags & WANTS_SCANNER))
@@ -352,7 +350,7 @@ static void check_page(struct world *world, ksm_frameno frame, const struct ksm_
 	ksm_add_relaxed(&crash_tally->mapped, 1);
 }
 
-void crash_world_look(struct world *world, pid_t pid, const struct ksm_bitmap *bitmap)
+static void look(struct world *world, pid_t pid, const struct ksm_bitmap *bitmap)
 {
 	struct stat store;
 	char path[40], line[512];
@@ -369,6 +367,39 @@ void crash_world_look(struct world *world, pid_t pid, const struct ksm_bitmap *b
 				check_page(world, (ksm_frameno)(offset >> KSM_PAGE_SHIFT), bitmap);
 	}
 	fclose(maps);
+}
+
+/* A descriptor of the bitmap, if the victim has moved to another seat: by then all bits are there. Else -1. */
+static int take_new_bitmap(const struct world *world, pid_t pid)
+{
+	struct ksm_seat seat;
+	struct iovec here = {&seat, sizeof(seat)}, there = {world->board->seat, sizeof(seat)};
+	CHECK(process_vm_readv(pid, &here, 1, &there, 1, 0) == sizeof(seat));
+	bool moved = seat.slot != world->board->slot && seat.slot != KSM_NO_SLOT && seat.bitmap_fd >= 0;
+	return moved ? take_fd(pid, seat.bitmap_fd) : -1;
+}
+
+void crash_world_look(struct world *world, pid_t pid)
+{
+	bool is_child = world->operation->flags & WANTS_CHILD;
+	ksm_slotno slot = is_child ? world->board->child_slot : world->board->slot;
+	if (!world->survivor || slot == KSM_NO_SLOT)
+		return;
+	const struct ksm_peer *peer = &world->survivor->peer;
+	const struct ksm_bitmap *bitmap = peer->others[slot].bitmap;
+	int fd = is_child ? -1 : take_new_bitmap(world, pid);
+	size_t nbytes = ksm_bitmap_bytes(peer->layout.frames);
+	if (fd >= 0) {
+		bitmap = mmap(NULL, nbytes, PROT_READ, MAP_SHARED, fd, 0);
+		CHECK(bitmap != MAP_FAILED);
+		CHECK(bitmap->magic == KSM_MAGIC && bitmap->slot != slot);
+	}
+	if (bitmap)
+		look(world, pid, bitmap);
+	if (fd >= 0) {
+		munmap((void *)bitmap, nbytes);
+		close(fd);
+	}
 }
 
 /* ---- after --------------------------------------------------------------------------------------------------------------- */
@@ -478,7 +509,7 @@ static void check_child(struct world *world)
 	if (!crash_is(page, SEED_SHARED) || !crash_is(page + KSM_PAGE_SIZE, SEED_THEIRS))
 		FAIL("%s: the %s's pages hold something else", world->operation->name, is_child ? "child" : "parent");
 	if (s->peer.others[slot].bitmap)
-		crash_world_look(world, child, s->peer.others[slot].bitmap);
+		look(world, child, s->peer.others[slot].bitmap);
 	CHECK(!kill(child, SIGKILL));
 	CHECK(waitpid(child, NULL, 0) == child); /* an orphan is ours */
 	ksm_add_relaxed(&crash_tally->born, 1);
@@ -522,22 +553,31 @@ static void let_go(struct world *world)
 	}
 }
 
-/* Somebody comes through the door, looks round, and leaves. */
+/* Somebody comes through the door, looks round, and leaves. If there is no survivor only the stopped one can keep him out. */
 static void visit(struct world *world)
 {
 	struct ksm_member *s = world->survivor, *n = new_member(world);
-	bool locked = ksm_os_lock_find(s->peer.fds.file, KSM_LOCK_JOIN, 1) >= 0;
-	crash_serve_begin(s);
+	struct ksm_rendezvous rendezvous;
+	bool locked = false, deaf = false;
+	if (!ksm_rendezvous_open(&world->options, false, &rendezvous)) {
+		locked = ksm_os_lock_find(rendezvous.file, KSM_LOCK_JOIN, 1) >= 0;
+		deaf = !s && ksm_rendezvous_is_inhabited(rendezvous.file) > 0;
+		ksm_rendezvous_close(&rendezvous);
+	}
+	if (s)
+		crash_serve_begin(s);
 	crash_in_a_hurry = true;
+	crash_expects_no_answer = deaf;
 	int r = ksm_member_join(n);
 	if (!r) {
 		ksm_scan_know_peers(&n->scanner);
 		ksm_member_leave(n);
-	} else if (!locked || r != KSM_ENOPEER) {
+	} else if (!(locked || deaf) || r != KSM_ENOPEER) {
 		FAIL("%s: nobody can join: %s", world->operation->name, ksm_error_name(r));
 	}
-	crash_in_a_hurry = false;
-	crash_serve_end();
+	crash_in_a_hurry = crash_expects_no_answer = false;
+	if (s)
+		crash_serve_end();
 	ksm_add_relaxed(&crash_tally->refused, r != 0);
 	ksm_add_relaxed(&crash_tally->join_locks, locked);
 	free(n);
@@ -547,8 +587,10 @@ void crash_world_go_on(struct world *world)
 {
 	struct ksm_member *s = world->survivor;
 	ksm_frameno frame;
-	if (!s)
+	if (!s) {
+		visit(world);
 		return;
+	}
 	count_debris(world);
 	let_go(world);
 	ksm_scan_know_peers(&s->scanner);

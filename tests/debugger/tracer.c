@@ -197,10 +197,21 @@ static void step(struct thread *thread)
 	}
 }
 
+static bool is_any_left(void)
+{
+	for (int i = 0; i < MOST; i++)
+		if (threads[i].tid)
+			return true;
+	return false;
+}
+
+/* Ends early if the process does. */
 static void stress(unsigned long acts, int writes, int steps_too)
 {
 	for (unsigned long i = 0; i < acts; i++) {
 		serve(NULL);
+		if (!is_any_left())
+			return;
 		struct thread *thread = &threads[any(MOST)];
 		while (!thread->tid)
 			thread = &threads[any(MOST)];

@@ -106,6 +106,12 @@ static void check_nothing_left(const struct world *w, size_t files)
 		fail("the domain cannot be cleaned away: %s", ksm_error_name(r));
 }
 
+/* Before the fault is set anew, which begins to count again. */
+static void add_hits(struct shared *shared, enum ksm_os_call call)
+{
+	__atomic_add_fetch(&shared->hits, ksm_os_fault_hits(call), __ATOMIC_RELAXED);
+}
+
 static void run_world(const struct scenario *scenario, struct world *w)
 {
 	size_t files = count_entries("/proc/self/fd");
@@ -118,10 +124,12 @@ static void run_world(const struct scenario *scenario, struct world *w)
 	ksm_os_fault_clear();
 	if (w->fault.count)
 		ksm_os_fault_set(w->fault.call, w->fault.number, w->fault.count, w->fault.error);
+	double armed = now();
+	__atomic_store(&w->shared->armed, &armed, __ATOMIC_RELEASE);
 	scenario->run(w);
 	for (int call = 0; call < KSM_OS_CALL_COUNT; call++)
 		w->shared->counts[call] = ksm_os_fault_calls((enum ksm_os_call)call);
-	w->shared->hits = ksm_os_fault_hits(w->fault.call);
+	add_hits(w->shared, w->fault.call);
 	ksm_os_fault_clear();
 	w->strict = true;
 	w->said = false;
@@ -196,7 +204,9 @@ static void describe(const struct job *job, FILE *to)
 
 static void finish(struct job *job, int status)
 {
-	char text[OUTPUT_ROOM];
+	char text[OUTPUT_ROOM], path[80];
+	named_path(job->name, path);
+	unlink(path); /* who was killed has left it */
 	ssize_t n = pread(job->output, text, sizeof(text) - 1, 0);
 	text[n > 0 ? n : 0] = 0;
 	job->pid = 0;
@@ -242,15 +252,19 @@ static void look_after(void)
 	}
 }
 
-/* The fault of a process that runs for long comes to its end. */
+/* A fault from now on comes to its end after all. */
 static void relieve(void)
 {
 	for (size_t i = 0; i < options.jobs; i++) {
 		struct job *job = &jobs[i];
-		if (!job->pid || job->shared->relieved || now() - job->started < RELIEF_S)
+		double armed;
+		__atomic_load(&job->shared->armed, &armed, __ATOMIC_ACQUIRE);
+		if (!job->pid || job->fault.count != FROM_NOW_ON || job->shared->relieved || !armed ||
+		    now() - armed < RELIEF_S)
 			continue;
 		job->shared->relieved = 1;
 		ksm_os_fault_share(job->shared->kinds);
+		add_hits(job->shared, job->fault.call);
 		ksm_os_fault_set(job->fault.call, 0, 0, 0);
 		ksm_os_fault_share(our_kinds);
 	}

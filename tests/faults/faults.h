@@ -43,6 +43,7 @@ struct shared {
 	uint32_t steps;    /* how far the neighbour shall go, or has gone */
 	uint32_t lost;     /* a child found no seat: the domain sweeps no more */
 	uint32_t relieved; /* the driver has ended the fault */
+	double armed;      /* when it began; 0: not yet */
 	uint32_t merged;   /* pages that were seen merged */
 	uint32_t counts[KSM_OS_CALL_COUNT];
 	uint32_t hits;
@@ -76,9 +77,10 @@ struct scenario {
 	void (*run)(struct world *);
 	bool bare;  /* the domain is not joined before */
 	bool alone; /* without a neighbour */
-	bool child; /* another process of ours is in it, whose end is waited for */
 };
 extern const struct scenario scenarios[];
+/* The object that a world with a named store has, until it is gone. */
+void named_path(const char *domain_name, char path[80]);
 
 /* The result of a public call: 0, or one of the errors it may have. Strict: 0. Returns it. */
 int may(struct world *w, int result, const char *what);
@@ -112,6 +114,8 @@ void neighbour_start(struct world *w);
 void neighbour_finish(struct world *w);
 /* A child of the test's own; killed with it. */
 pid_t child_fork(void);
+/* In the child: die with this parent. Who becomes another user says so again. */
+void child_die_with(pid_t parent);
 void child_wait(struct world *w, pid_t pid);
 uint64_t pages_merged(struct ksm_arena *arena);
 double now(void);

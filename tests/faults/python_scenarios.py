@@ -18,10 +18,11 @@ import random
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -244,8 +245,15 @@ OPERATIONS = {
 }
 
 
+def end(args: Any) -> NoReturn:
+    """As sys.unraisablehook, from where an exception, that of sys.exit() too, goes nowhere."""
+    traceback.print_exception(args.exc_type, args.exc_value, args.exc_traceback, file=sys.stdout)
+    print(f"unraisable: {args.exc_value!r} {args.object!r}", flush=True)
+    os._exit(1)
+
+
 def main(rendezvous: str, seconds: float, seed: int) -> None:
-    sys.unraisablehook = lambda args: sys.exit(f"unraisable: {args.exc_value!r} {args.object!r}")
+    sys.unraisablehook = end
     world = World(rendezvous, seed)
     names, weights = list(OPERATIONS), list(OPERATIONS.values())
     until = time.monotonic() + seconds

@@ -59,16 +59,30 @@ static void settings(struct world *w)
 		may(w, r, "ksm_domain_clean");
 }
 
+/* Nobody else has that name, so the number that it makes is nobody else's either. */
+static void store_id_of(const char *domain_name, uint8_t id[16])
+{
+	memset(id, 0, 16);
+	memcpy(id, domain_name, strnlen(domain_name, 16));
+}
+
+void named_path(const char *domain_name, char path[80])
+{
+	uint8_t id[16];
+	int n = snprintf(path, 80, "/dev/shm/ksmalloc-%u-", (unsigned)geteuid());
+	store_id_of(domain_name, id);
+	for (size_t i = 0; i < 16; i++)
+		n += snprintf(path + n, 80 - (size_t)n, "%02x", id[i]);
+}
+
 static void named(struct world *w)
 {
 	struct ksm_domain_options options = world_options(w);
 	struct ksm_domain *domain;
 	char path[80];
-	int n = snprintf(path, sizeof(path), "/dev/shm/ksmalloc-%u-", (unsigned)geteuid());
 	options.backing = KSM_BACKING_SHM;
-	MUST(!ksm_os_random(options.store_id, sizeof(options.store_id)) || !w->strict);
-	for (size_t i = 0; i < 16; i++)
-		n += snprintf(path + n, sizeof(path) - (size_t)n, "%02x", options.store_id[i]);
+	store_id_of(w->domain_name, options.store_id);
+	named_path(w->domain_name, path);
 	options.store_fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
 	MUST(options.store_fd >= 0);
 	int r = MAY(w, ksm_domain_attach(&options, &domain));
@@ -444,9 +458,10 @@ static void user(struct world *w)
 	if (geteuid())
 		return;
 	world_merge(w);
-	pid_t pid = child_fork();
+	pid_t parent = getpid(), pid = child_fork();
 	if (!pid) {
 		MUST(!setgid(NOBODY) && !setuid(NOBODY));
+		child_die_with(parent);
 		w->strict = false; /* the directory is closed to it: it may stay, and say so */
 		w->refusal = -EACCES;
 		child_of_fork(w);
@@ -493,11 +508,11 @@ const struct scenario scenarios[] = {
 	{.name = "breaks", .run = breaks},
 	{.name = "freeze", .run = freeze},
 	{.name = "registered", .run = registered},
-	{.name = "forks", .run = forks, .child = true},
-	{.name = "closes", .run = closes, .child = true},
-	{.name = "killed", .run = killed, .child = true},
-	{.name = "execs", .run = execs, .child = true},
-	{.name = "user", .run = user, .child = true},
+	{.name = "forks", .run = forks},
+	{.name = "closes", .run = closes},
+	{.name = "killed", .run = killed},
+	{.name = "execs", .run = execs},
+	{.name = "user", .run = user},
 	{.name = "facts", .run = facts},
 	{0},
 };

@@ -198,12 +198,16 @@ pid_t child_fork(void)
 	fflush(NULL);
 	pid = fork();
 	MUST(pid >= 0);
-	if (pid == 0) {
-		prctl(PR_SET_PDEATHSIG, SIGKILL);
-		if (getppid() != parent)
-			_exit(1);
-	}
+	if (pid == 0)
+		child_die_with(parent);
 	return pid;
+}
+
+void child_die_with(pid_t parent)
+{
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	if (getppid() != parent)
+		_exit(1);
 }
 
 void child_wait(struct world *w, pid_t pid)

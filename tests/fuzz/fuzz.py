@@ -73,11 +73,12 @@ def run(name: str, program: Path, seconds: float) -> str:
 
 
 def choose(name: str, program: Path) -> None:
-    """Keep the few small inputs that reach most."""
+    """Keep the few small inputs that reach most, of those found now and those that were kept before."""
     least = BUILD / f"least-{name}"
     shutil.rmtree(least, ignore_errors=True)
     least.mkdir()
-    merge = [str(program), "-merge=1", f"-max_len={LARGEST}", str(least), str(BUILD / "corpus" / name)]
+    merge = [str(program), "-merge=1", f"-max_len={LARGEST}", str(least)]
+    merge += [str(BUILD / "corpus" / name), str(BUILD / f"kept-{name}")]
     subprocess.run(merge, capture_output=True, check=True)
     inputs = sorted((one.read_bytes() for one in least.iterdir()), key=lambda one: (-len(one), one))
     lines = [one.hex() for one in inputs if one][:CHOSEN]

@@ -4,10 +4,10 @@
  * it maps in the place keeps its bytes, as do the neighbours, the twins here and in the other process, and what was moved.
  *
  *	hostile --rendezvous DIRECTORY [--barrier NAME] [--seconds N] [--act NAME]… [--seed N]
- *	        [--blind] [--gap] [--alternate]
+ *	        [--blind] [--alternate]
  *
- * --blind, --gap, --alternate: see hostile_wraps.c. Prints one line of figures. Status 0: every byte was
- * right; 1: damage, or a process was killed by a signal, or hung; 77: that barrier does not work here.
+ * --blind, --alternate: see hostile_wraps.c. Each act once, then at random. Prints one line of figures. Status 0: every
+ * byte was right; 1: damage, or a process was killed by a signal, or hung; 77: that barrier does not work here.
  */
 #include "hostile.h"
 
@@ -32,8 +32,8 @@
 #define ACTS_MOST 32
 
 struct totals { /* shared by all processes, atomic */
-	uint64_t done[ACTS_MOST], refused, checked, merges, failures, scans;
-	uint32_t stop;
+	uint64_t begun, done[ACTS_MOST], refused, checked, merges, failures, scans;
+	uint32_t attached, stop;
 };
 
 struct ksm_domain *hostile_domain;
@@ -266,7 +266,9 @@ static void *be_hostile(void *argument)
 {
 	struct hostile_field field = {.random = (uint64_t)(uintptr_t)argument * 1000 + seed};
 	while (!is_over()) {
-		size_t i = hostile_random(&field.random) % hostile_act_count;
+		uint64_t i = __atomic_fetch_add(&totals->begun, 1, __ATOMIC_RELAXED);
+		if (i >= hostile_act_count)
+			i = hostile_random(&field.random) % hostile_act_count;
 		if (any_wanted && !wanted[i])
 			continue;
 		live(&field, &hostile_acts[i]);
@@ -318,6 +320,7 @@ static pid_t start(bool hostile)
 	if (getppid() != parent)
 		_exit(1);
 	attach();
+	__atomic_fetch_add(&totals->attached, 1, __ATOMIC_RELAXED);
 	pthread_create(&threads[n++], NULL, watch_twins, NULL);
 	if (hostile) {
 		pthread_create(&threads[n++], NULL, scan_on, NULL);
@@ -361,10 +364,10 @@ static void choose(const char *name)
 
 static void read_options(int argc, char **argv)
 {
-	static const struct option names[] = {
-		{"rendezvous", 1, NULL, 'r'}, {"barrier", 1, NULL, 'b'},   {"seconds", 1, NULL, 's'},
-		{"act", 1, NULL, 'a'},        {"seed", 1, NULL, 'x'},      {"blind", 0, NULL, 'B'},
-		{"gap", 0, NULL, 'G'},        {"alternate", 0, NULL, 'A'}, {NULL, 0, NULL, 0}};
+	static const struct option names[] = {{"rendezvous", 1, NULL, 'r'}, {"barrier", 1, NULL, 'b'},
+					      {"seconds", 1, NULL, 's'},    {"act", 1, NULL, 'a'},
+					      {"seed", 1, NULL, 'x'},       {"blind", 0, NULL, 'B'},
+					      {"alternate", 0, NULL, 'A'},  {NULL, 0, NULL, 0}};
 	for (int c; (c = getopt_long(argc, argv, "", names, NULL)) >= 0;)
 		switch (c) {
 		case 'r':
@@ -385,15 +388,19 @@ static void read_options(int argc, char **argv)
 		case 'B':
 			hostile_blind = true;
 			break;
-		case 'G':
-			hostile_gap = true;
-			break;
 		case 'A':
 			hostile_alternate = true;
 			break;
 		default:
 			exit(2);
 		}
+}
+
+/* Then there is nothing to wait for. */
+static bool has_anybody_ended(void)
+{
+	siginfo_t info = {.si_pid = 0};
+	return !waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT) && info.si_pid;
 }
 
 int main(int argc, char **argv)
@@ -403,16 +410,13 @@ int main(int argc, char **argv)
 	if (!rendezvous || totals == MAP_FAILED)
 		return 2;
 	pid_t peer = start(false), hostile = start(true);
-	int status, peers_end = -1, hostiles_end = -1;
-	for (double until = now() + seconds; now() < until && peers_end < 0 && hostiles_end < 0; nap(10000)) {
-		siginfo_t info = {.si_pid = 0};
-		if (!waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT) && info.si_pid)
-			break; /* one has ended: there is nothing to wait for */
-	}
+	while (__atomic_load_n(&totals->attached, __ATOMIC_RELAXED) < 2 && !has_anybody_ended())
+		nap(1000);
+	for (double until = now() + seconds; now() < until && !has_anybody_ended();)
+		nap(10000);
 	__atomic_store_n(&totals->stop, 1, __ATOMIC_RELAXED);
-	hostiles_end = end_of(hostile, "hostile");
-	peers_end = end_of(peer, "other");
-	status = hostiles_end ? hostiles_end : peers_end;
+	int hostiles_end = end_of(hostile, "hostile"), peers_end = end_of(peer, "other");
+	int status = hostiles_end ? hostiles_end : peers_end;
 	printf("barrier=%s checked=%llu merges=%llu scans=%llu refused=%llu failures=%llu", barrier_name,
 	       (unsigned long long)totals->checked, (unsigned long long)totals->merges,
 	       (unsigned long long)totals->scans, (unsigned long long)totals->refused,

@@ -60,7 +60,7 @@ __attribute__((format(printf, 1, 2), noreturn)) void hostile_fail(const char *fo
 
 /* ---- hostile_wraps.c ---- */
 
-extern bool hostile_blind, hostile_gap, hostile_alternate;
+extern bool hostile_blind, hostile_alternate;
 /* Around a call after which something else is mapped. In between no page is touched and nothing waits for the scanner. */
 void hostile_replace_begin(void);
 void hostile_replace_end(void);

@@ -4,7 +4,7 @@
  *
  * Under "move" a mapping that takes another's place in the microsecond between the last look and the deed is lost
  * (FOLLOW-3). Here that gap is closed by a lock that acts take as well, so that everything else can be shown to lose
- * nothing; --gap leaves it open, to count. "segv" looks less closely: --alternate lets acts happen between stretches only.
+ * nothing. "segv" looks less closely: --alternate lets acts happen between stretches only.
  */
 #include "hostile.h"
 
@@ -15,20 +15,18 @@
 
 #include <string.h>
 
-bool hostile_blind, hostile_gap, hostile_alternate;
+bool hostile_blind, hostile_alternate;
 static pthread_mutex_t gap = PTHREAD_MUTEX_INITIALIZER, stretch = PTHREAD_MUTEX_INITIALIZER;
 static _Thread_local bool in_gap;
 
 void hostile_replace_begin(void)
 {
-	if (!hostile_gap)
-		pthread_mutex_lock(&gap);
+	pthread_mutex_lock(&gap);
 }
 
 void hostile_replace_end(void)
 {
-	if (!hostile_gap)
-		pthread_mutex_unlock(&gap);
+	pthread_mutex_unlock(&gap);
 }
 
 void hostile_act_begin(void)
@@ -57,7 +55,7 @@ bool __wrap_ksm_follow_is_there(struct ksm_barrier *barrier, char *at, size_t pa
 {
 	if (hostile_blind)
 		return true;
-	if (!in_gap && !hostile_gap) {
+	if (!in_gap) {
 		pthread_mutex_lock(&gap);
 		in_gap = true;
 	}

@@ -166,32 +166,40 @@ static uint64_t mapped_outside(pid_t pid)
 
 /* ---- rounds ------------------------------------------------------------------------------------------------- */
 
+static void wait_for(const uint32_t *number, uint32_t wanted, const char *what)
+{
+	for (uint64_t began = mad_now_ns(); mad_get32(number) < wanted;) {
+		watch(false);
+		if (mad_now_ns() - began > HANG_NS) {
+			fprintf(stderr, "only %u %s\n", mad_get32(number), what);
+			finish(3);
+		}
+		nanosleep(&(struct timespec){.tv_nsec = 2000000}, NULL);
+	}
+}
+
 /* ways 0: nobody is mad. */
 static void run_round(struct mad_options *options, unsigned number)
 {
 	__atomic_store_n(&totals->ready, 0, __ATOMIC_RELAXED);
+	__atomic_store_n(&totals->mad_joined, 0, __ATOMIC_RELAXED);
 	__atomic_store_n(&totals->mad, 0, __ATOMIC_RELAXED);
 	__atomic_store_n(&totals->stop, 0, __ATOMIC_RELAXED);
 	memset(totals->beats, 0, sizeof(totals->beats));
 	snprintf(options->name, sizeof(options->name), "mad-%u", number);
-	uint64_t began = mad_now_ns();
 	bool first = options->ways && options->seed % 2; /* the mad one has the first slot, and is asked first */
 	if (first) {
 		mad = start(options, -1);
-		nanosleep(&(struct timespec){.tv_nsec = 100000000}, NULL);
+		wait_for(&totals->mad_joined, 1, "mad one has joined");
 	}
 	for (int i = 0; i < MAD_HONEST; i++)
 		honest[i] = start(options, i);
 	if (options->ways && !first)
 		mad = start(options, -1);
-	while (mad_get32(&totals->ready) < MAD_HONEST) { /* a new domain works, whatever happened in the last one */
-		watch(false);
-		if (mad_now_ns() - began > HANG_NS) {
-			fprintf(stderr, "only %u honest processes have merged anything\n", mad_get32(&totals->ready));
-			finish(3);
-		}
-		nanosleep(&(struct timespec){.tv_nsec = 2000000}, NULL);
-	}
+	if (options->ways)
+		wait_for(&totals->mad_joined, 1, "mad one has joined");
+	/* A new domain works, whatever happened in the last one. */
+	wait_for(&totals->ready, MAD_HONEST, "honest processes have merged anything");
 	for (int i = 0; i < MAD_HONEST; i++) {
 		uint64_t pages = mapped_outside(honest[i]);
 		if (!pages) {

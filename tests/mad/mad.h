@@ -52,7 +52,8 @@ struct mad_totals {
 	uint64_t beats[MAD_HONEST];
 	int32_t reasons[MAD_REASONS]; /* codes that calls were refused with, or that kept pages from merging */
 	uint32_t ready;               /* honest processes with merged pages */
-	uint32_t mad;                 /* the mad one has joined */
+	uint32_t mad_joined;          /* the mad one is a peer */
+	uint32_t mad;                 /* it begins */
 	uint32_t calm;                /* nobody is mad in this round: what is refused is told */
 	uint32_t stop;
 };

@@ -67,6 +67,7 @@ void mad_peer(const struct mad_options *options)
 	int r = ksm_member_join(mad.member);
 	if (r)
 		mad_die("the mad one cannot join", r);
+	__atomic_store_n(&mad.totals->mad_joined, 1, __ATOMIC_RELAXED);
 	while (!mad_get32(&mad.totals->mad))
 		serve(&mad, 1000000);
 	for (;;) {
