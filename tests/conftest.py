@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import os
 import re
@@ -202,11 +203,12 @@ def holders(inodes: Iterable[int]) -> Iterator[tuple[int, int]]:
     """Each of these sockets, and a process that has it; a scanner has a descriptor table of its own."""
     names = {f"socket:[{inode}]": inode for inode in inodes}
     found = set()
-    for link in Path("/proc").glob("[0-9]*/task/[0-9]*/fd/*") if names else []:
+    # glob, unlike pathlib, does not mind who ends meanwhile
+    for link in glob.iglob("/proc/[0-9]*/task/[0-9]*/fd/*") if names else ():
         with contextlib.suppress(OSError):
             inode = names.get(os.readlink(link))
             if inode is not None:
-                found.add((inode, int(link.parts[2])))
+                found.add((inode, int(link.split("/")[2])))
     yield from sorted(found)
 
 

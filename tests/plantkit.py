@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
 import stat
 import struct
@@ -72,7 +73,7 @@ def living(directory: Path) -> Iterator[None]:
 
 def control_file() -> int:
     """The shared memory of the only domain of this process: its scanner's thread has it open."""
-    for link in Path("/proc/self/task").glob("*/fd/*"):
+    for link in glob.iglob("/proc/self/task/*/fd/*"):
         with contextlib.suppress(OSError):
             if "ksmalloc control" in os.readlink(link):
                 return os.open(link, os.O_RDWR | os.O_CLOEXEC)

@@ -6,6 +6,7 @@ tests/crash stops at chosen instructions; here whole Python programs are stopped
 
 from __future__ import annotations
 
+import glob
 import os
 import random
 import signal
@@ -111,9 +112,9 @@ ACTS = {
 
 def states(pid: int) -> Iterator[str]:
     """Of its threads, as stat(5) says."""
-    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+    for path in glob.iglob(f"/proc/{pid}/task/*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):
-            yield path.read_text().rpartition(")")[2].split()[0]
+            yield Path(path).read_text().rpartition(")")[2].split()[0]
 
 
 @contextmanager
