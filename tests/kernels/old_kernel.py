@@ -14,7 +14,6 @@ import argparse
 import importlib.metadata
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -28,12 +27,14 @@ from pathlib import Path
 from initramfs import Initramfs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-HERE = ROOT / "tests" / "kernels"
+TESTS = ROOT / "tests"
+sys.path.insert(0, str(TESTS))
+
+import buildkit  # noqa: E402
+
+HERE = TESTS / "kernels"
 BUILD = ROOT / "build" / "kernels"
-FLAGS = shlex.split(
-    "-std=gnu11 -D_GNU_SOURCE -O1 -g -Wall -Wextra -Werror -pthread -DKSM_FAULTS -DKSM_ASSERT_LEVEL=3"
-    " -iquote csrc -iquote tests/csrc"
-)
+FLAGS = ("-O1", *buildkit.SWITCHES, *buildkit.AUDITED)
 SLOWER = 20  # times longer than on a real machine, for what the tests themselves wait for
 MEMORY = "2G"
 MACHINE_SECONDS = 4 * 3600
@@ -78,13 +79,11 @@ def build_c_tests() -> list[Path]:
     out = BUILD / "programs"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    compiler = os.environ.get("CC", "cc")
-    sources = [source for source in sorted((ROOT / "csrc").glob("*.c")) if source.name != "preload.c"]
-    tests = sorted((ROOT / "tests" / "csrc").glob("test_*.c"))
+    core = buildkit.compile_all(buildkit.core_sources(), out, *FLAGS)
+    tests = sorted((TESTS / "csrc").glob("test_*.c"))
+    flags = (*FLAGS, "-iquote", buildkit.CSRC, "-iquote", TESTS / "csrc")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = [out / f"{source.stem}.o" for source in sources]
-        list(pool.map(lambda one, to: run(compiler, *FLAGS, "-c", one, "-o", to), sources, objects))
-        list(pool.map(lambda one: run(compiler, *FLAGS, one, *objects, "-o", out / one.stem), tests))
+        list(pool.map(lambda one: buildkit.cc(*flags, one, *core, "-o", out / one.stem), tests))
     return [out / test.stem for test in tests]
 
 
@@ -118,7 +117,7 @@ def add_python(image: Initramfs) -> None:
                 if ".so" in source.name:
                     image.program(source, f"/packages/{one}")
     image.tree(ROOT / "ksmalloc", "/guest/ksmalloc")
-    for one in sorted((ROOT / "tests").glob("*.py")):
+    for one in sorted(TESTS.glob("*.py")):
         image.file(one, f"/guest/tests/{one.name}")
     image.file(ROOT / "pyproject.toml", "/guest/pyproject.toml")
 
@@ -158,10 +157,10 @@ def all_jobs(programs: list[Path], only: list[str]) -> list[Job]:
     for name in PYTHON_TESTS:
         pytest = f"python3 -m pytest -q -p no:cacheprovider -o timeout=1800 tests/test_{name}.py"
         jobs.append(Job(f"python-{name}", 3600, f"cd /guest && {pytest}"))
-    chosen = [job for job in jobs if not only or any(word in job.name for word in only)]
-    if not chosen:
-        sys.exit(f"no job has {' or '.join(only)} in its name")
-    return chosen
+    for word in only:
+        if not any(word in job.name for job in jobs):
+            sys.exit(f"no job has {word} in its name")
+    return [job for job in jobs if not only or any(word in job.name for word in only)]
 
 
 # ---- the machine -------------------------------------------------------------------------------------------
