@@ -369,14 +369,30 @@ static void look(struct world *world, pid_t pid, const struct ksm_bitmap *bitmap
 	fclose(maps);
 }
 
-/* A descriptor of the bitmap, if the victim has moved to another seat: by then all bits are there. Else -1. */
-static int take_new_bitmap(const struct world *world, pid_t pid)
+static bool read_there(pid_t pid, void *to, void *from, size_t nbytes)
 {
+	struct iovec here = {to, nbytes}, there = {from, nbytes};
+	return process_vm_readv(pid, &here, 1, &there, 1, 0) == (ssize_t)nbytes;
+}
+
+/*
+ * If the victim has moved to another seat its new bitmap: by then all bits are there. NULL: it has not, or it stands in the
+ * middle of writing down, or wiping out, which seat it has.
+ */
+static struct ksm_bitmap *read_new_bitmap(const struct world *world, pid_t pid)
+{
+	size_t nbytes = ksm_bitmap_bytes(world->survivor->peer.layout.frames);
 	struct ksm_seat seat;
-	struct iovec here = {&seat, sizeof(seat)}, there = {world->board->seat, sizeof(seat)};
-	CHECK(process_vm_readv(pid, &here, 1, &there, 1, 0) == sizeof(seat));
-	bool moved = seat.slot != world->board->slot && seat.slot != KSM_NO_SLOT && seat.bitmap_fd >= 0;
-	return moved ? take_fd(pid, seat.bitmap_fd) : -1;
+	CHECK(read_there(pid, &seat, world->board->seat, sizeof(seat)));
+	if (seat.slot == world->board->slot)
+		return NULL;
+	struct ksm_bitmap *bitmap = malloc(nbytes);
+	CHECK(bitmap);
+	if (read_there(pid, bitmap, seat.bitmap, nbytes) && bitmap->magic == KSM_MAGIC && bitmap->slot == seat.slot &&
+	    bitmap->nonce == seat.nonce)
+		return bitmap;
+	free(bitmap);
+	return NULL;
 }
 
 void crash_world_look(struct world *world, pid_t pid)
@@ -385,21 +401,11 @@ void crash_world_look(struct world *world, pid_t pid)
 	ksm_slotno slot = is_child ? world->board->child_slot : world->board->slot;
 	if (!world->survivor || slot == KSM_NO_SLOT)
 		return;
-	const struct ksm_peer *peer = &world->survivor->peer;
-	const struct ksm_bitmap *bitmap = peer->others[slot].bitmap;
-	int fd = is_child ? -1 : take_new_bitmap(world, pid);
-	size_t nbytes = ksm_bitmap_bytes(peer->layout.frames);
-	if (fd >= 0) {
-		bitmap = mmap(NULL, nbytes, PROT_READ, MAP_SHARED, fd, 0);
-		CHECK(bitmap != MAP_FAILED);
-		CHECK(bitmap->magic == KSM_MAGIC && bitmap->slot != slot);
-	}
+	struct ksm_bitmap *moved = is_child ? NULL : read_new_bitmap(world, pid);
+	const struct ksm_bitmap *bitmap = moved ? moved : world->survivor->peer.others[slot].bitmap;
 	if (bitmap)
 		look(world, pid, bitmap);
-	if (fd >= 0) {
-		munmap((void *)bitmap, nbytes);
-		close(fd);
-	}
+	free(moved);
 }
 
 /* ---- after --------------------------------------------------------------------------------------------------------------- */
