@@ -198,7 +198,8 @@ KSM_API int ksm_settings_read(const struct ksm_domain_options *options, struct k
 KSM_API int ksm_settings_write(const struct ksm_domain_options *options, const struct ksm_settings *settings);
 KSM_API void ksm_settings_default(struct ksm_settings *out);
 
-/* Remove the rendezvous of a domain in which nobody lives (EBUSY: somebody does). */
+/* Remove the rendezvous of a domain in which nobody lives. EBUSY: somebody does; ENOTEMPTY: something else lies there, and
+ * stays, as does its directory; and the errors of opening it. */
 KSM_API int ksm_domain_clean(const struct ksm_domain_options *options);
 
 /* ---- arenas ---------------------------------------------------------------------------------- */

@@ -190,6 +190,12 @@ void ksm_member_fetch_seeds(struct ksm_member *member)
 		else
 			ksm_os_close(fds[i]);
 	}
+	/* The scanner goes on meanwhile: a window that fails has made a new one, and the old one's number may be anything. */
+	int *uffd = &member->seeds[KSM_SEED_UFFD];
+	if (!seed_is_good(member, KSM_SEED_UFFD, *uffd)) {
+		ksm_os_close(*uffd);
+		*uffd = -1;
+	}
 	for (int seed = 0; seed < KSM_SEED_UFFD && n <= 0; seed++) /* nobody answers: another network namespace */
 		if (member->exchange.seeds[seed] >= 0)
 			member->seeds[seed] = ksm_os_reopen_from(member->tid, member->exchange.seeds[seed],

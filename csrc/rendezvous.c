@@ -282,35 +282,63 @@ int ksm_settings_read(const struct ksm_domain_options *options, struct ksm_setti
 	return r;
 }
 
+/* Open it, and have its join lock; anew if it was cleaned away while we waited. -EAGAIN: somebody else kept it all the time. */
+static int open_locked(const struct ksm_domain_options *options, bool create, uint32_t timeout_ms,
+		       struct ksm_rendezvous *out)
+{
+	int r = -EAGAIN;
+	for (int attempt = 0; attempt < 16; attempt++) {
+		r = ksm_rendezvous_open(options, create, out);
+		if (r == -ENOENT && create)
+			continue; /* cleaned away this very moment */
+		if (r)
+			return r;
+		r = ksm_rendezvous_lock(out->file, KSM_LOCK_JOIN, timeout_ms);
+		if (!r && !ksm_rendezvous_is_gone(out))
+			return 0;
+		ksm_rendezvous_close(out);
+		if (r)
+			return r;
+		r = -EAGAIN;
+	}
+	return r;
+}
+
+/* A child that was forked meanwhile may have the description: that would keep the lock, too. */
+static void close_locked(struct ksm_rendezvous *rendezvous)
+{
+	ksm_os_unlock(rendezvous->file, KSM_LOCK_JOIN);
+	ksm_rendezvous_close(rendezvous);
+}
+
 int ksm_settings_write(const struct ksm_domain_options *options, const struct ksm_settings *settings)
 {
 	struct ksm_domain_file head = {0};
 	struct ksm_rendezvous rendezvous;
-	int r = ksm_rendezvous_open(options, true, &rendezvous);
+	int r = open_locked(options, true, 10000, &rendezvous);
 	if (r)
 		return r;
-	r = ksm_rendezvous_lock(rendezvous.file, KSM_LOCK_JOIN, 10000);
-	if (!r && ksm_rendezvous_read(rendezvous.file, &head) == -ENODATA)
+	if (ksm_rendezvous_read(rendezvous.file, &head) == -ENODATA)
 		r = ksm_rendezvous_write(rendezvous.file, head.id, KSM_BACKING_MEMFD); /* before anybody lives there */
 	if (!r)
 		r = ksm_rendezvous_set_settings(rendezvous.file, settings);
-	ksm_os_unlock(rendezvous.file, KSM_LOCK_JOIN);
-	ksm_rendezvous_close(&rendezvous);
+	close_locked(&rendezvous);
 	return r;
 }
 
 int ksm_domain_clean(const struct ksm_domain_options *options)
 {
+	struct stat stat;
 	struct ksm_rendezvous rendezvous;
-	int r = ksm_rendezvous_open(options, false, &rendezvous);
+	int r = open_locked(options, false, 1000, &rendezvous);
 	if (r)
-		return r;
-	r = ksm_rendezvous_lock(rendezvous.file, KSM_LOCK_JOIN, 1000);
-	if (!r)
-		r = ksm_rendezvous_is_inhabited(rendezvous.file);
-	r = r > 0 || r == -EAGAIN ? -EBUSY : r;
+		return r == -EAGAIN ? -EBUSY : r;
+	r = ksm_rendezvous_is_inhabited(rendezvous.file);
+	r = r > 0 ? -EBUSY : r;
 	if (!r)
 		r = ksm_rendezvous_clear(&rendezvous, true);
-	ksm_rendezvous_close(&rendezvous);
+	if (r == -ENOTEMPTY && !ksm_os_stat_at(rendezvous.directory, "domain", &stat))
+		r = -EBUSY; /* somebody has come since */
+	close_locked(&rendezvous);
 	return r;
 }

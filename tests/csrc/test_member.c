@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Joining, and living on through a fork, while system calls fail for a moment: MEMBER-2 and MEMBER-4. */
-#include "kit.h"
+#include "members.h"
 
 #include "domain.h"
 
@@ -207,6 +207,32 @@ TEST(a_fork_while_no_scanner_starts)
 	end();
 	ksm_os_fault_clear();
 	CHECK_EQ(kit_open_files(), before);
+}
+
+/* A window may fail between the scanner's noting the descriptors that a fork needs and the fork's asking for them. */
+TEST(a_number_that_is_another_file_by_now_is_not_kept)
+{
+	struct ksm_domain_options options = kit_options("d");
+	if (!kit_can_move())
+		return;
+	options.barrier = KSM_BARRIER_MOVE;
+	struct ksm_member *a;
+	CHECK_EQ(members_try_join(&options, &a), 0);
+	CHECK_EQ(ksm_member_prepare_child(a), 0);
+	for (int round = 0; round < 2; round++) {
+		int files = kit_open_files();
+		if (round)
+			a->exchange.seeds[KSM_SEED_UFFD] = a->peer.fds.maps;
+		members_begin(NULL);
+		ksm_member_fetch_seeds(a);
+		members_end();
+		CHECK_EQ(kit_open_files(), files + KSM_SEEDS - round);
+		CHECK_EQ(a->seeds[KSM_SEED_UFFD] == -1, round);
+		ksm_member_drop_seeds(a, true);
+		CHECK_EQ(kit_open_files(), files);
+	}
+	ksm_seat_leave(&a->child);
+	members_leave(a);
 }
 
 /* Threads cannot be held: those that there are could not be listed. It is tried again. */

@@ -207,6 +207,70 @@ TEST(what_the_dead_left_is_cleared)
 	CHECK_EQ(access(below("d"), F_OK), -1);
 }
 
+/* A process that has this file open, and does something about the domain as soon as it has the join lock. */
+static pid_t wait_for_lock(int file, int (*wanted)(const struct ksm_domain_options *options))
+{
+	struct stat wanted_file, found;
+	char path[64];
+	CHECK_EQ(ksm_os_lock_try(file, KSM_LOCK_JOIN), 0);
+	CHECK_EQ(ksm_os_stat(file, &wanted_file), 0);
+	pid_t pid = kit_fork();
+	if (pid == 0) {
+		struct ksm_domain_options options = kit_options("d");
+		CHECK_SYS(dup2(STDERR_FILENO, file)); /* the lock stays, for the parent has it too */
+		_exit(-wanted(&options));
+	}
+	for (int number = 0;; number = (number + 1) % 64) {
+		snprintf(path, sizeof(path), "/proc/%d/fd/%d", (int)pid, number);
+		if (number != file && !stat(path, &found) && found.st_ino == wanted_file.st_ino)
+			return pid;
+	}
+}
+
+static int write_settings(const struct ksm_domain_options *options)
+{
+	struct ksm_settings settings;
+	ksm_settings_default(&settings);
+	settings.pages_to_scan = 4321;
+	return ksm_settings_write(options, &settings);
+}
+
+/* What waits for the lock of a rendezvous that goes meanwhile is about the next one: somebody may live there. */
+TEST(who_waits_for_what_goes_looks_again)
+{
+	struct ksm_domain_options options = kit_options("d");
+	struct ksm_settings settings;
+	for (int round = 0; round < 2; round++) {
+		CHECK_EQ(try_open(kit_directory(), "d", true), 0);
+		int old = open_file("d/domain");
+		pid_t pid = wait_for_lock(old, round ? write_settings : ksm_domain_clean);
+		CHECK_SYS(unlink(below("d/domain"))); /* so far another cleaner has come */
+		struct ksm_member *a = members_join("d");
+		CHECK_EQ(access(below("d/peer-0"), F_OK), 0);
+		close(old);
+		CHECK_EQ(harness_wait(__FILE__, __LINE__, pid), round ? 0 : EBUSY << 8);
+		CHECK_EQ(access(below("d/peer-0"), F_OK), 0);
+		CHECK_EQ(ksm_settings_read(&options, &settings, NULL), 0);
+		CHECK_EQ(settings.pages_to_scan == 4321, round);
+		members_leave(a);
+		CHECK_EQ(ksm_domain_clean(&options), 0);
+	}
+}
+
+/* What is no business of ours keeps the directory. */
+TEST(something_else_stays)
+{
+	struct ksm_domain_options options = kit_options("d");
+	CHECK_EQ(try_open(kit_directory(), "d", true), 0);
+	int fd = open(below("d/else"), O_CREAT | O_RDWR | O_CLOEXEC, 0600);
+	CHECK_GE(fd, 0);
+	CHECK_EQ(ksm_domain_clean(&options), -ENOTEMPTY);
+	CHECK_EQ(access(below("d/else"), F_OK), 0);
+	CHECK_EQ(access(below("d/domain"), F_OK), -1);
+	CHECK_SYS(unlink(below("d/else")));
+	close(fd);
+}
+
 /* ---- locks and settings ------------------------------------------------------------------------------------------------------- */
 
 TEST(locks_are_waited_for_but_not_for_ever)
