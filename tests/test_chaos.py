@@ -35,7 +35,7 @@ ACTS = (
 )
 NOTICED = {  # what each planted bug shows itself as
     "peer": {"wrong", "missing"},  # a frame that is given back although it is in use: written anew, or gone
-    "window": {"wrong"},
+    "window": {"wrong", "failed"},  # or a system call finds its buffer gone for a moment: EFAULT
     "fork": {"wrong", "missing"},
     "dead": {"leaked"},
     "exec": {"failed"},
