@@ -24,7 +24,10 @@
 
 static int stop_create(struct ksm_barrier *barrier)
 {
-	return barrier->park && barrier->park->ready ? 0 : -ENOSYS;
+	const struct ksm_park *park = barrier->park;
+	if (park && park->ready)
+		return 0;
+	return park && park->why ? park->why : -ENOSYS;
 }
 
 static void stop_destroy(struct ksm_barrier *barrier)

@@ -42,7 +42,7 @@ static int look(struct ksm_member *member, void *context)
 		.uffd_device = ksm_os_uffd_try_device(),
 		.uffd_call = ksm_os_uffd_try_call(false),
 		.uffd_user = ksm_os_uffd_try_call(true),
-		.stop = park->ready ? park->why : scanner->park_error,
+		.stop = park->why,
 		.stop_signal = ksm_park_signal(),
 		.segv = ksm_handler_is_installed() ? ksm_handler_check() : 0,
 		.handler = ksm_handler_is_installed(),

@@ -51,8 +51,7 @@ static int ask_for(struct ksm_member *member, void *context)
 	}
 	if (member->options.barrier != KSM_BARRIER_AUTO)
 		return KSM_EBARRIER;
-	struct ksm_park *park = scanner->park.ready ? &scanner->park : NULL;
-	if (ksm_barrier_create(&fresh, (enum ksm_barrier_kind)wanted, park, -1))
+	if (ksm_barrier_create(&fresh, (enum ksm_barrier_kind)wanted, &scanner->park, -1))
 		return KSM_EBARRIER;
 	ksm_merge_lock(&member->peer);
 	ksm_scanner_use(scanner, &fresh);

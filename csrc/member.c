@@ -204,11 +204,8 @@ static struct ksm_park *park_of(struct ksm_member *member)
 static int make_barrier(struct ksm_member *member, int uffd)
 {
 	struct ksm_scanner *scanner = &member->scanner;
-	struct ksm_park *park = park_of(member);
 	struct ksm_barrier fresh;
-	int r = ksm_barrier_create(&fresh, (enum ksm_barrier_kind)member->options.barrier, park, uffd);
-	if (r == -ENOSYS && scanner->park_error)
-		r = fresh.error = scanner->park_error; /* what it lacks is the park, and that has a reason */
+	int r = ksm_barrier_create(&fresh, (enum ksm_barrier_kind)member->options.barrier, &scanner->park, uffd);
 	ksm_scanner_use(scanner, &fresh);
 	struct ksm_slot *self = member->peer.self;
 	ksm_store_relaxed(&self->barrier, r ? (int32_t)KSM_BARRIER_NONE : (int32_t)scanner->barrier.ops->kind);
@@ -222,7 +219,7 @@ void ksm_member_retry_barrier(struct ksm_member *member)
 {
 	struct ksm_scanner *scanner = &member->scanner;
 	if (!scanner->park.ready) {
-		scanner->park_error = ksm_park_create(&scanner->park);
+		ksm_park_create(&scanner->park);
 		scanner->merger.park = park_of(member);
 	}
 	if (!scanner->barrier.ops)
@@ -235,7 +232,7 @@ int ksm_member_settle_in(struct ksm_member *member, int uffd)
 	struct ksm_peer *peer = &member->peer;
 	peer->fds.pagemap = ksm_os_open(AT_FDCWD, "/proc/self/pagemap", O_RDONLY, 0);
 	peer->fds.maps = ksm_os_open(AT_FDCWD, "/proc/self/maps", O_RDONLY, 0);
-	member->scanner.park_error = ksm_park_create(&member->scanner.park); /* without it broken pages stay broken */
+	ksm_park_create(&member->scanner.park); /* without it broken pages stay broken */
 	int r = make_barrier(member, uffd);
 	if (!r)
 		r = ksm_merger_init(&member->scanner.merger, peer, &member->index, &member->scanner.barrier,
@@ -286,28 +283,14 @@ int ksm_member_join(struct ksm_member *member)
 		return proc;
 	for (int attempt = 0; attempt < 16; attempt++) {
 		struct ksm_rendezvous rendezvous;
-		int r = ksm_rendezvous_open(&member->options, true, &rendezvous);
-		if (r == -ENOENT && attempt < 15)
-			continue; /* cleaned away this very moment */
+		int lock, r = ksm_rendezvous_enter(&member->options, true, JOIN_LOCK_MS, &rendezvous, &lock);
 		if (r)
-			return r;
-		/* On a description of its own: that it goes with the descriptor cannot fail. */
-		int lock = ksm_os_reopen(rendezvous.file, rendezvous.directory, "domain");
-		r = lock < 0 ? lock : ksm_rendezvous_lock(lock, KSM_LOCK_JOIN, JOIN_LOCK_MS);
-		if (r || ksm_rendezvous_is_gone(&rendezvous)) {
-			ksm_os_close(lock);
-			ksm_rendezvous_close(&rendezvous);
-			if (r == -EAGAIN)
-				return KSM_ENOPEER; /* whoever is joining lives, and does not get on */
-			if (r && r != -ESTALE)
-				return r;
-			continue; /* cleaned away while we waited */
-		}
+			return r == -EAGAIN ? KSM_ENOPEER : r; /* whoever is joining lives, and does not get on */
 		member->peer.fds.directory = rendezvous.directory;
 		member->peer.fds.file = rendezvous.file;
 		memcpy(member->directory, rendezvous.path, sizeof(member->directory));
 		r = join_locked(member, &rendezvous);
-		ksm_os_close(lock);
+		ksm_rendezvous_unlock(lock);
 		if (!r) {
 			ksm_member_remember_inodes(member);
 			member->user = geteuid();

@@ -425,16 +425,17 @@ int ksm_park_create(struct ksm_park *park)
 {
 	memset(park, 0, sizeof(*park));
 	park->tasks = ksm_os_open(AT_FDCWD, "/proc/self/task", O_RDONLY | O_DIRECTORY, 0);
-	if (park->tasks < 0)
-		return park->tasks;
+	int r = KSM_MIN(park->tasks, 0);
 	pthread_mutex_lock(&world.turn);
-	int r = prepare_locked(park);
+	if (!r)
+		r = prepare_locked(park);
 	pthread_mutex_unlock(&world.turn);
 	if (!r)
 		r = ksm_hazards_create(&park->hazards);
-	park->ready = !r;
 	if (r)
 		ksm_os_close(park->tasks);
+	park->ready = !r;
+	park->why = r;
 	return r;
 }
 

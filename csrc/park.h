@@ -26,7 +26,7 @@ struct ksm_park {
 	uint64_t rest_until_ns;      /* the share of time spent stopped is bounded: better not to stop again before */
 	uint64_t retry_at_ns;        /* back-off after failures: until then ksm_park_begin() repeats its last answer */
 	uint32_t in_a_row;           /* failures without a success between */
-	int why;                     /* the last answer, 0 or a code */
+	int why;                     /* the last answer, 0 or a code; not ready: why not */
 	size_t patience;             /* how far the back-off may go, by what it was */
 	int culprit;                 /* the thread that blocked the signal then; 0: none */
 	char reason[KSM_REASON_MAX]; /* in words: which thread, which descriptor; "" */

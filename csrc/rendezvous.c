@@ -16,7 +16,8 @@
  *
  * MEET-1. Nothing here is followed through a symbolic link, and nothing is used that another user owns, that others may
  *         open, or that has a second name elsewhere.
- * MEET-2. Listing, creating and joining happen under the join lock. It is waited for, but not for ever.
+ * MEET-2. Listing, creating, joining and clearing happen under the join lock of the file that has the name when it is held.
+ *         It is waited for, but not for ever.
  * MEET-3. Settings are one record written at once, with a check; a reader that meets a torn one reads again.
  */
 #include "rendezvous.h"
@@ -236,6 +237,35 @@ int ksm_rendezvous_set_settings(int file, const struct ksm_settings *settings)
 	return ksm_os_pwrite(file, &record, sizeof(record), offsetof(struct ksm_domain_file, settings));
 }
 
+int ksm_rendezvous_enter(const struct ksm_domain_options *options, bool create, uint32_t timeout_ms,
+			 struct ksm_rendezvous *out, int *lock)
+{
+	int r = -EAGAIN;
+	for (int attempt = 0; attempt < 16; attempt++) {
+		r = ksm_rendezvous_open(options, create, out);
+		if (r == -ENOENT && create)
+			continue; /* cleaned away this very moment */
+		if (r)
+			return r;
+		*lock = ksm_os_reopen(out->file, out->directory, "domain");
+		r = *lock < 0 ? *lock : ksm_rendezvous_lock(*lock, KSM_LOCK_JOIN, timeout_ms);
+		if (!r && !ksm_rendezvous_is_gone(out))
+			return 0;
+		ksm_os_close(*lock);
+		ksm_rendezvous_close(out);
+		if (r && r != -ESTALE)
+			return r;
+		r = -EAGAIN; /* cleaned away while we waited */
+	}
+	return r;
+}
+
+void ksm_rendezvous_unlock(int lock)
+{
+	ksm_os_unlock(lock, KSM_LOCK_JOIN); /* the child of a fork may have the description, too */
+	ksm_os_close(lock);
+}
+
 /* ---- clearing ----------------------------------------------------------------------------------------- */
 
 static int unlink_socket(const char *name, void *context)
@@ -282,47 +312,19 @@ int ksm_settings_read(const struct ksm_domain_options *options, struct ksm_setti
 	return r;
 }
 
-/* Open it, and have its join lock; anew if it was cleaned away while we waited. -EAGAIN: somebody else kept it all the time. */
-static int open_locked(const struct ksm_domain_options *options, bool create, uint32_t timeout_ms,
-		       struct ksm_rendezvous *out)
-{
-	int r = -EAGAIN;
-	for (int attempt = 0; attempt < 16; attempt++) {
-		r = ksm_rendezvous_open(options, create, out);
-		if (r == -ENOENT && create)
-			continue; /* cleaned away this very moment */
-		if (r)
-			return r;
-		r = ksm_rendezvous_lock(out->file, KSM_LOCK_JOIN, timeout_ms);
-		if (!r && !ksm_rendezvous_is_gone(out))
-			return 0;
-		ksm_rendezvous_close(out);
-		if (r)
-			return r;
-		r = -EAGAIN;
-	}
-	return r;
-}
-
-/* A child that was forked meanwhile may have the description: that would keep the lock, too. */
-static void close_locked(struct ksm_rendezvous *rendezvous)
-{
-	ksm_os_unlock(rendezvous->file, KSM_LOCK_JOIN);
-	ksm_rendezvous_close(rendezvous);
-}
-
 int ksm_settings_write(const struct ksm_domain_options *options, const struct ksm_settings *settings)
 {
 	struct ksm_domain_file head = {0};
 	struct ksm_rendezvous rendezvous;
-	int r = open_locked(options, true, 10000, &rendezvous);
+	int lock, r = ksm_rendezvous_enter(options, true, 10000, &rendezvous, &lock);
 	if (r)
-		return r;
+		return r == -EAGAIN ? KSM_ENOPEER : r; /* as joining says */
 	if (ksm_rendezvous_read(rendezvous.file, &head) == -ENODATA)
 		r = ksm_rendezvous_write(rendezvous.file, head.id, KSM_BACKING_MEMFD); /* before anybody lives there */
 	if (!r)
 		r = ksm_rendezvous_set_settings(rendezvous.file, settings);
-	close_locked(&rendezvous);
+	ksm_rendezvous_unlock(lock);
+	ksm_rendezvous_close(&rendezvous);
 	return r;
 }
 
@@ -330,7 +332,7 @@ int ksm_domain_clean(const struct ksm_domain_options *options)
 {
 	struct stat stat;
 	struct ksm_rendezvous rendezvous;
-	int r = open_locked(options, false, 1000, &rendezvous);
+	int lock, r = ksm_rendezvous_enter(options, false, 1000, &rendezvous, &lock);
 	if (r)
 		return r == -EAGAIN ? -EBUSY : r;
 	r = ksm_rendezvous_is_inhabited(rendezvous.file);
@@ -339,6 +341,7 @@ int ksm_domain_clean(const struct ksm_domain_options *options)
 		r = ksm_rendezvous_clear(&rendezvous, true);
 	if (r == -ENOTEMPTY && !ksm_os_stat_at(rendezvous.directory, "domain", &stat))
 		r = -EBUSY; /* somebody has come since */
-	close_locked(&rendezvous);
+	ksm_rendezvous_unlock(lock);
+	ksm_rendezvous_close(&rendezvous);
 	return r;
 }

@@ -26,6 +26,15 @@ void ksm_rendezvous_close(struct ksm_rendezvous *rendezvous);
 /* Take a lock byte of the domain file, waiting at most timeout_ms. -EAGAIN: somebody kept it all the time. */
 int ksm_rendezvous_lock(int file, uint64_t byte, uint32_t timeout_ms);
 
+/*
+ * Open it, and have its join lock: of what is there then, for somebody may clean it away while it is waited for. *lock: a
+ * description that is for the lock alone, so that it goes with the descriptor. -EAGAIN: others kept it for timeout_ms.
+ */
+int ksm_rendezvous_enter(const struct ksm_domain_options *options, bool create, uint32_t timeout_ms,
+			 struct ksm_rendezvous *out, int *lock);
+/* Give the join lock back. */
+void ksm_rendezvous_unlock(int lock);
+
 /* Read the file's head. -ENODATA: new and empty. */
 int ksm_rendezvous_read(int file, struct ksm_domain_file *out);
 /* Write the head, keeping what settings there are. */

@@ -15,7 +15,6 @@ struct ksm_scanner {
 	struct ksm_index *index;
 	struct ksm_exchange *exchange;
 	struct ksm_park park;
-	int park_error; /* 0, or why threads cannot be held at all */
 	struct ksm_barrier barrier;
 	struct ksm_merger merger;
 	struct ksm_region *regions; /* by address; merge lock */

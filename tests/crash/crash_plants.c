@@ -72,11 +72,14 @@ int __wrap_ksm_os_poll(struct pollfd *fds, size_t count, uint64_t timeout_ns)
 
 bool crash_in_a_hurry, crash_expects_no_answer;
 
-int __real_ksm_rendezvous_lock(int file, uint64_t byte, uint32_t timeout_ms);
-int __wrap_ksm_rendezvous_lock(int file, uint64_t byte, uint32_t timeout_ms);
-int __wrap_ksm_rendezvous_lock(int file, uint64_t byte, uint32_t timeout_ms)
+int __real_ksm_rendezvous_enter(const struct ksm_domain_options *options, bool create, uint32_t timeout_ms,
+				struct ksm_rendezvous *out, int *lock);
+int __wrap_ksm_rendezvous_enter(const struct ksm_domain_options *options, bool create, uint32_t timeout_ms,
+				struct ksm_rendezvous *out, int *lock);
+int __wrap_ksm_rendezvous_enter(const struct ksm_domain_options *options, bool create, uint32_t timeout_ms,
+				struct ksm_rendezvous *out, int *lock)
 {
-	return __real_ksm_rendezvous_lock(file, byte, crash_in_a_hurry ? HURRY_MS : timeout_ms);
+	return __real_ksm_rendezvous_enter(options, create, crash_in_a_hurry ? HURRY_MS : timeout_ms, out, lock);
 }
 
 int __real_ksm_exchange_join(int directory, int file, uint32_t timeout_ms, int *control, int *store);

@@ -271,7 +271,12 @@ TEST(joining_while_somebody_else_does_not_get_on_with_it)
 	CHECK_EQ(ksm_rendezvous_open(&options, true, &rendezvous), 0);
 	CHECK_EQ(ksm_rendezvous_lock(rendezvous.file, KSM_LOCK_JOIN, 0), 0);
 	CHECK_EQ(ksm_domain_attach(&options, &domain), KSM_ENOPEER);
+	struct ksm_settings settings;
+	ksm_settings_default(&settings);
+	CHECK_EQ(ksm_settings_write(&options, &settings), KSM_ENOPEER);
+	CHECK_EQ(ksm_domain_clean(&options), -EBUSY);
 	CHECK_EQ(ksm_os_unlock(rendezvous.file, KSM_LOCK_JOIN), 0);
+	CHECK_EQ(ksm_settings_write(&options, &settings), 0);
 	ksm_domain_detach(attach("d"));
 	ksm_rendezvous_close(&rendezvous);
 }

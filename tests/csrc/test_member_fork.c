@@ -309,43 +309,39 @@ static void check_nothing_left(uint64_t before)
 	CHECK_LE(now, before + (FORKS - WARM) * KSM_PAGE_SIZE);
 }
 
-TEST_LIMIT(a_parent_keeps_no_memory_of_its_forks, 60)
+/* Either the parent goes on, again and again, or the child does. */
+static void fork_on(bool in_the_child)
 {
+	uint64_t before = 0;
 	if (!kit_can_merge())
 		return;
-	uint64_t before = 0;
 	attach("d");
 	block(PAGES, 1);
 	for (int i = 0; i < FORKS; i++) {
 		uint64_t now = address_space_of_a_member();
 		before = i <= WARM ? now : before;
 		pid_t child = kit_fork();
-		if (child == 0)
+		if (child == 0 && !in_the_child)
 			_exit(0);
-		CHECK_CHILD(child);
+		if (child)
+			CHECK_CHILD(child);
+		if (child && in_the_child)
+			return;
 	}
 	check_nothing_left(before);
+	fflush(NULL);
+	if (in_the_child)
+		_exit(0);
+}
+
+TEST_LIMIT(a_parent_keeps_no_memory_of_its_forks, 60)
+{
+	fork_on(false);
 }
 
 TEST_LIMIT(children_of_children_inherit_no_memory_of_scanners, 60)
 {
-	if (!kit_can_merge())
-		return;
-	uint64_t before = 0;
-	attach("d");
-	block(PAGES, 1);
-	for (int i = 0; i < FORKS; i++) {
-		uint64_t now = address_space_of_a_member();
-		before = i <= WARM ? now : before;
-		pid_t child = kit_fork();
-		if (child) {
-			CHECK_CHILD(child);
-			return;
-		}
-	}
-	check_nothing_left(before);
-	fflush(NULL);
-	_exit(0);
+	fork_on(true);
 }
 
 /* ---- a program that closes everything -------------------------------------------------------------------------------------- */

@@ -260,7 +260,7 @@ TEST(who_is_not_dumpable_merges_finds_breaks_and_gives_back)
 		CHECK_LT(a->peer.fds.pagemap, 0);
 		printf("not dumpable: barrier %d (%s), threads can%s be held (%s)\n", a->peer.self->barrier,
 		       a->scanner.barrier.ops ? a->scanner.barrier.ops->name : ksm_error_name(a->scanner.barrier.error),
-		       a->scanner.park.ready ? "" : "not", ksm_error_name(a->scanner.park_error));
+		       a->scanner.park.ready ? "" : "not", ksm_error_name(a->scanner.park.why));
 		char *one = kit_map_filled(PAGES, 1), *own = kit_map_filled(PAGES, 5000);
 		struct ksm_region *region = members_region(a, one, PAGES);
 		members_region(a, own, PAGES);

@@ -207,24 +207,33 @@ TEST(what_the_dead_left_is_cleared)
 	CHECK_EQ(access(below("d"), F_OK), -1);
 }
 
+/* Under another number than `number`. */
+static bool has_open(pid_t pid, const struct stat *file, int number)
+{
+	struct stat found;
+	char path[64];
+	for (int other = 0; other < 64; other++) {
+		snprintf(path, sizeof(path), "/proc/%d/fd/%d", (int)pid, other);
+		if (other != number && !stat(path, &found) && found.st_ino == file->st_ino)
+			return true;
+	}
+	return false;
+}
+
 /* A process that has this file open, and does something about the domain as soon as it has the join lock. */
 static pid_t wait_for_lock(int file, int (*wanted)(const struct ksm_domain_options *options))
 {
-	struct stat wanted_file, found;
-	char path[64];
+	struct stat stat;
 	CHECK_EQ(ksm_os_lock_try(file, KSM_LOCK_JOIN), 0);
-	CHECK_EQ(ksm_os_stat(file, &wanted_file), 0);
+	CHECK_EQ(ksm_os_stat(file, &stat), 0);
 	pid_t pid = kit_fork();
 	if (pid == 0) {
 		struct ksm_domain_options options = kit_options("d");
 		CHECK_SYS(dup2(STDERR_FILENO, file)); /* the lock stays, for the parent has it too */
 		_exit(-wanted(&options));
 	}
-	for (int number = 0;; number = (number + 1) % 64) {
-		snprintf(path, sizeof(path), "/proc/%d/fd/%d", (int)pid, number);
-		if (number != file && !stat(path, &found) && found.st_ino == wanted_file.st_ino)
-			return pid;
-	}
+	KIT_WAIT(20, has_open(pid, &stat, file));
+	return pid;
 }
 
 static int write_settings(const struct ksm_domain_options *options)
