@@ -135,7 +135,7 @@ static int open_store(struct ksm_member *member)
 	if (member->backing == KSM_BACKING_MEMFD)
 		return ksm_os_memfd("ksmalloc store");
 	int fd = member->seeds_here[KSM_SEED_STORE]; /* the caller's object: it came with the table */
-	return fd >= 0 ? fd : -EBADF;
+	return fd >= 0 ? ksm_os_duplicate(fd) : -EBADF; /* what fails closes its own, and the next try needs it */
 }
 
 /* Nobody lives there: a new store, new tables, a new id. Join lock held. */
@@ -295,6 +295,8 @@ int ksm_member_join(struct ksm_member *member)
 			ksm_member_remember_inodes(member);
 			member->user = geteuid();
 			member->joined = true;
+			ksm_os_close(member->seeds_here[KSM_SEED_STORE]); /* the caller's: we have our own by now */
+			member->seeds_here[KSM_SEED_STORE] = -1;
 			return 0;
 		}
 		ksm_scanner_fini(&member->scanner);

@@ -148,6 +148,8 @@ int ksm_os_stat_at(int dirfd, const char *path, struct stat *out);
 int ksm_os_reopen(int fd, int dirfd, const char *name);
 /* A new description of what fd is in the table of another thread of this process (never of a userfaultfd). */
 int ksm_os_reopen_from(int tid, int fd, bool directory);
+/* The same description under another number, above standard error's. */
+int ksm_os_duplicate(int fd);
 /* The same description under a number above standard error's; fd itself is closed. */
 int ksm_os_lift(int fd);
 void ksm_os_close(int fd);

@@ -76,6 +76,11 @@ static int dup_above(int fd, int least)
 	return copy < 0 ? -errno : copy;
 }
 
+int ksm_os_duplicate(int fd)
+{
+	return dup_above(fd, STDERR_FILENO + 1);
+}
+
 int ksm_os_lift(int fd)
 {
 	if (fd < 0 || fd > STDERR_FILENO)

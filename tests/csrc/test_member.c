@@ -96,6 +96,30 @@ TEST(a_rendezvous_that_goes_while_it_is_joined_is_made_again)
 	}
 }
 
+/* What a first try has closed is not the caller's object, and nothing else that has its number meanwhile. */
+TEST(the_callers_object_outlives_a_try_that_fails)
+{
+	uint32_t tried = 0;
+	int object = ksm_os_memfd("object");
+	for (uint32_t number = 0, hits = 1; hits; number++) {
+		struct ksm_domain_options options = kit_options("d");
+		options.backing = KSM_BACKING_SHM;
+		options.store_fd = object;
+		memcpy(options.store_id, "a test's object", sizeof(options.store_id));
+		size_t files = kit_open_files();
+		ksm_os_fault_set(KSM_OS_ADVISE, number, 1, -EAGAIN);
+		CHECK_EQ(ksm_domain_attach(&options, &domain), 0);
+		hits = ksm_os_fault_hits(KSM_OS_ADVISE);
+		ksm_os_fault_clear();
+		tried += hits;
+		CHECK_EQ(domain->worker.member.inodes[KSM_SEED_STORE], ksm_member_inode(object));
+		ksm_domain_detach(domain);
+		CHECK_EQ(kit_open_files(), files);
+	}
+	CHECK_GT(tried, 3);
+	ksm_os_close(object);
+}
+
 /* The join lock is given back, whatever the kernel says: others can join. */
 TEST(a_lock_that_cannot_be_given_back_shuts_nobody_out)
 {
