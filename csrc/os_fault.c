@@ -117,7 +117,7 @@ size_t ksm_os_fault_share(void *shared)
 
 void ksm_os_fault_set(enum ksm_os_call call, uint32_t skip, uint32_t count, int error)
 {
-	kinds[call].error = error;
+	ksm_store_relaxed(&kinds[call].error, error);
 	ksm_store_release(&kinds[call].calls, 0);
 	ksm_store_release(&kinds[call].hits, 0);
 	ksm_store_release(&kinds[call].skip, skip);
@@ -161,7 +161,7 @@ int ksm_os_fault_(enum ksm_os_call call)
 	uint32_t number = ksm_add_relaxed(&kinds[call].calls, 1);
 	uint32_t count = ksm_load_acquire(&kinds[call].count);
 	uint32_t skip = ksm_load_acquire(&kinds[call].skip);
-	int error = count && number >= skip && number - skip < count ? kinds[call].error : by_chance(call);
+	int error = count && number >= skip && number - skip < count ? ksm_load_relaxed(&kinds[call].error) : by_chance(call);
 	if (error)
 		ksm_add_relaxed(&kinds[call].hits, 1);
 	return error;

@@ -2,7 +2,8 @@
 """The fault walk: tests/faults/ lets every system call of the core fail, in every scenario and mode.
 
 Here a sample: first each kind of call in each scenario, then at random, with a seed that is printed, until
-KSMALLOC_FAULTS_SECONDS are over ("full": all, see `make faults`). KSMALLOC_FAULTS_SEED repeats a sample.
+KSMALLOC_FAULTS_SECONDS are over ("full": all, see `make faults`; KSMALLOC_FAULTS_PART=2/5: the second fifth of
+all). KSMALLOC_FAULTS_SEED repeats a sample.
 The same walk over a core with a planted bug is the control: it must find it.
 """
 
@@ -24,6 +25,8 @@ SEED = os.environ.get(
     "KSMALLOC_FAULTS_SEED", "5" if SECONDS != "full" else str(random.SystemRandom().randrange(2**32))
 )
 FULL = SECONDS == "full"
+PART = os.environ.get("KSMALLOC_FAULTS_PART", "1/1")
+JOBS = 6 * (os.cpu_count() or 1)  # most of them wait most of the time
 LIMIT = 24 * 3600 if FULL else 20 * float(SECONDS) + 600  # what comes first is done, however slow the machine
 CANNOT = {
     "UFFD_COPY": "only a page that could not be moved back is copied back: two calls would have to fail at a "
@@ -63,7 +66,7 @@ def test_whatever_fails_nothing_is_lost(
     tmp_path_factory: pytest.TempPathFactory, rendezvous: str, processes: Processes
 ) -> None:
     program = build(tmp_path_factory.mktemp("faults"))
-    how_long = () if FULL else ("--seconds", SECONDS)
+    how_long = ("--part", PART, "--jobs", str(min(JOBS, 32))) if FULL else ("--seconds", SECONDS)
     run = walk(program, rendezvous, processes, "--seed", SEED, *how_long, limit=LIMIT)
     figures = run.figures
     assert run.status == 0, run.output

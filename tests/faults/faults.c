@@ -3,11 +3,12 @@
  * The fault walk: every system call of the core fails in turn, at each call number, with each error that the kernel may
  * give, once and from then on, in every scenario and mode. Each time in a process of its own.
  *
- *	faults --rendezvous DIRECTORY [--seconds N] [--seed N] [--jobs N] [--scenario NAME] [--mode NAME] [--call NAME]
- *	       [--number N --error N --count N] [--verbose]
+ *	faults --rendezvous DIRECTORY [--seconds N] [--part K/N] [--seed N] [--jobs N] [--scenario NAME] [--mode NAME]
+ *	       [--call NAME] [--number N --error N --count N] [--verbose]
  *
- * Without --seconds all of them; with it a sample: first each kind of call in each scenario, then at random until the
- * time is over. --number, --error and --count (0: from now on) name one fault, to see a failure again.
+ * Without --seconds all of them, or the K-th of N parts; with it a sample. First each kind of call in each scenario,
+ * then at random until all are done, or the time is over. --number, --error and --count (0: from now on) name one fault,
+ * to see a failure again.
  * Whatever fails: bytes are right, in this process and in a neighbour; nothing hangs; what is not done is told of by an
  * error or a counter; the same works afterwards; and no descriptor, mapping, thread, file or frame is left.
  */
@@ -31,7 +32,7 @@
 
 #define LIMIT_S 240  /* a process that has not ended hangs */
 #define RELIEF_S 2.0 /* "from now on" is so long: what waits for memory shall get it in the end */
-#define JOBS_MOST 8
+#define JOBS_MOST 32
 #define MORE_MOST 30     /* runs, for a kind that a sample has missed */
 #define NUMBERS_MOST 400 /* of one kind, looked at */
 #define OUTPUT_ROOM 4096
@@ -42,11 +43,11 @@ static struct {
 	const char *directory, *scenario, *mode, *call;
 	double seconds;
 	uint64_t seed;
-	unsigned jobs;
+	unsigned jobs, part, parts;
 	int number, error;
 	uint32_t count;
 	bool verbose;
-} options = {.jobs = 3, .seed = 1, .number = -1, .count = 1};
+} options = {.jobs = 3, .part = 1, .parts = 1, .seed = 1, .number = -1, .count = 1};
 
 /* ---- one process ------------------------------------------------------------------------------------------------ */
 
@@ -157,8 +158,8 @@ struct job {
 	enum mode mode;
 	struct fault fault;
 	struct shared *shared;
-	int output; /* a memory file */
-	double started;
+	int output;            /* a memory file */
+	double started, ended; /* 0: not yet */
 	char name[32];
 };
 
@@ -236,13 +237,17 @@ static void look_after(void)
 {
 	for (size_t i = 0; i < options.jobs; i++) {
 		struct job *job = &jobs[i];
-		int status;
 		if (!job->pid)
 			continue;
 		double age = now() - job->started;
-		if (waitpid(job->pid, &status, WNOHANG) == job->pid) {
+		siginfo_t info = {0};
+		if (!job->ended && !waitid(P_PID, (id_t)job->pid, &info, WEXITED | WNOHANG | WNOWAIT) && info.si_pid) {
 			kill(-job->pid, SIGKILL);
-			finish(job, status);
+			job->ended = now();
+		}
+		if (job->ended) {
+			if (now() - job->ended > CHILD_REST_NS / 1e9)
+				finish(job, child_reap(job->pid));
 			continue;
 		}
 		if (age > LIMIT_S) {
@@ -292,6 +297,7 @@ static struct job *start(const struct scenario *scenario, enum mode mode, const 
 	job->mode = mode;
 	job->fault = *fault;
 	job->started = now();
+	job->ended = 0;
 	snprintf(job->name, sizeof(job->name), "w%d-%u", (int)getpid(), names++);
 	fflush(NULL);
 	job->pid = fork();
@@ -368,12 +374,25 @@ struct one {
 
 static uint64_t random_state;
 
-static uint64_t random_next(void)
+static uint64_t mix(uint64_t z)
 {
-	uint64_t z = (random_state += 0x9e3779b97f4a7c15ull);
 	z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
 	z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
 	return z ^ (z >> 31);
+}
+
+static uint64_t random_next(void)
+{
+	return mix(random_state += 0x9e3779b97f4a7c15ull);
+}
+
+/* By what it is, not by where it stands in the list: how often a call is made differs from run to run. */
+static bool is_of_our_part(const struct one *one)
+{
+	const struct fault *fault = &one->fault;
+	uint64_t z = mix((uint64_t)one->scenario << 32 | one->mode) + (uint64_t)fault->call;
+	z = mix(z + ((uint64_t)fault->number << 32)) + (uint64_t)(uint32_t)fault->error;
+	return mix(z + (uint64_t)fault->count) % options.parts == options.part - 1;
 }
 
 static size_t list_all(uint32_t (*counts)[MODES][KSM_OS_CALL_COUNT], struct one **out)
@@ -395,11 +414,12 @@ static size_t list_all(uint32_t (*counts)[MODES][KSM_OS_CALL_COUNT], struct one 
 						MUST(*out);
 					}
 					uint32_t number = (uint32_t)(i / 2 / errors);
-					(*out)[n++] = (struct one){
+					(*out)[n] = (struct one){
 						(uint16_t)s,
 						(uint16_t)mode,
 						{call, number, i % 2 ? FROM_NOW_ON : 1, list[i / 2 % errors]},
 						false};
+					n += is_of_our_part(&(*out)[n]);
 				}
 			}
 	return n;
@@ -442,8 +462,7 @@ static void walk(void)
 	uint32_t(*counts)[MODES][KSM_OS_CALL_COUNT] = measure();
 	size_t n = list_all(counts, &all), firsts = 0;
 	random_state = options.seed;
-	if (options.seconds > 0)
-		shuffle(all, n);
+	shuffle(all, n);
 	for (size_t i = 0; i < n; i++) {
 		bool over = options.seconds > 0 && !all[i].first && now() - begun > options.seconds;
 		if (over && !is_wanting(all[i].fault.call))
@@ -451,7 +470,8 @@ static void walk(void)
 		firsts += all[i].first;
 		start(&scenarios[all[i].scenario], (enum mode)all[i].mode, &all[i].fault);
 		if (!options.seconds && i % 2000 == 1999)
-			printf("%zu of %zu, %llu failed\n", i + 1, n, (unsigned long long)tally.failed);
+			printf("%zu of %zu after %.0f s, %llu fired, %llu failed\n", i + 1, n, now() - begun,
+			       (unsigned long long)tally.fired, (unsigned long long)tally.failed);
 	}
 	await_all();
 	unsigned kinds = 0;
@@ -487,9 +507,19 @@ static void one_fault(void)
 int main(int argc, char **argv)
 {
 	static const struct option longs[] = {
-		{"rendezvous", 1, 0, 'r'}, {"seconds", 1, 0, 's'}, {"seed", 1, 0, 'S'},    {"jobs", 1, 0, 'j'},
-		{"scenario", 1, 0, 'c'},   {"mode", 1, 0, 'm'},    {"call", 1, 0, 'k'},    {"number", 1, 0, 'n'},
-		{"error", 1, 0, 'e'},      {"count", 1, 0, 'C'},   {"verbose", 0, 0, 'v'}, {0},
+		{"rendezvous", 1, 0, 'r'},
+		{"seconds", 1, 0, 's'},
+		{"seed", 1, 0, 'S'},
+		{"jobs", 1, 0, 'j'},
+		{"scenario", 1, 0, 'c'},
+		{"mode", 1, 0, 'm'},
+		{"call", 1, 0, 'k'},
+		{"number", 1, 0, 'n'},
+		{"error", 1, 0, 'e'},
+		{"count", 1, 0, 'C'},
+		{"verbose", 0, 0, 'v'},
+		{"part", 1, 0, 'p'},
+		{0},
 	};
 	if (argc > 1 && !strcmp(argv[1], "--joiner"))
 		return joiner(argc, argv);
@@ -528,11 +558,17 @@ int main(int argc, char **argv)
 		case 'v':
 			options.verbose = true;
 			break;
+		case 'p':
+			if (sscanf(optarg, "%u/%u", &options.part, &options.parts) != 2)
+				return 2;
+			break;
 		default:
 			return 2;
 		}
 	}
 	if (!options.directory || options.jobs < 1 || options.jobs > JOBS_MOST)
+		return 2;
+	if (options.part < 1 || options.part > options.parts)
 		return 2;
 	size_t room = sizeof(struct shared) + ksm_os_fault_share(NULL);
 	our_kinds = calloc(1, room);

@@ -37,6 +37,7 @@ struct fault {
 };
 
 #define FROM_NOW_ON UINT32_MAX
+#define CHILD_REST_NS 3000000
 
 /* In memory shared by the driver, the process and its children. */
 struct shared {
@@ -116,6 +117,8 @@ void neighbour_finish(struct world *w);
 pid_t child_fork(void);
 /* In the child: die with this parent. Who becomes another user says so again. */
 void child_die_with(pid_t parent);
+/* Until it has ended. Its wait status. */
+int child_reap(pid_t pid);
 void child_wait(struct world *w, pid_t pid);
 uint64_t pages_merged(struct ksm_arena *arena);
 double now(void);

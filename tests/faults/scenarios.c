@@ -390,7 +390,7 @@ static void killed(struct world *w)
 		child_wait(w, pid); /* it has failed, and says why */
 	close(ready[0]);
 	MUST(!kill(pid, SIGKILL));
-	MUST(waitpid(pid, NULL, 0) == pid);
+	child_reap(pid);
 	MAY(w, ksm_domain_sweep(w->domain, &freed));
 	world_merge(w);
 }
@@ -409,7 +409,7 @@ static void execs(struct world *w)
 		      (char *)NULL);
 		_exit(126);
 	}
-	MUST(waitpid(pid, &status, 0) == pid);
+	status = child_reap(pid);
 	if (status == 3 << 8 && !w->strict)
 		w->said = true;
 	else if (status)

@@ -210,12 +210,22 @@ void child_die_with(pid_t parent)
 		_exit(1);
 }
 
+/* The kernel spins while what a dead process had open is still on its way out: the dead are left alone for a moment. */
+int child_reap(pid_t pid)
+{
+	siginfo_t info;
+	int status;
+	while (waitid(P_PID, (id_t)pid, &info, WEXITED | WNOWAIT))
+		MUST(errno == EINTR);
+	ksm_os_sleep_ns(CHILD_REST_NS);
+	MUST(waitpid(pid, &status, 0) == pid);
+	return status;
+}
+
 void child_wait(struct world *w, pid_t pid)
 {
-	int status;
+	int status = child_reap(pid);
 	(void)w;
-	while (waitpid(pid, &status, 0) < 0)
-		MUST(errno == EINTR);
 	if (status)
 		fail("the child ended with wait status 0x%x", (unsigned)status);
 }
