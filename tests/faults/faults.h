@@ -37,7 +37,7 @@ struct fault {
 };
 
 #define FROM_NOW_ON UINT32_MAX
-#define CHILD_REST_NS 3000000
+#define CHILD_REST_NS 30000000
 
 /* In memory shared by the driver, the process and its children. */
 struct shared {
