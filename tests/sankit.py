@@ -112,6 +112,7 @@ FAULTS = (
 )
 SELDOM = "something is to be done so many times a second, and everything takes longer"
 PLACES = "it decides itself where memory is mapped, and keeps descriptors of its own"
+GROWS = "the address space is measured, and it takes more of its own with each thread"
 
 VALGRIND = Tool(
     cflags=(),
@@ -153,6 +154,7 @@ VALGRIND = Tool(
         **dict.fromkeys(
             ("test_arena-areas_*", "test_member-*costs_no_*", "test_member-a_fork_while_*"), PLACES
         ),
+        **dict.fromkeys(("test_member_fork-*keeps_no_mem*", "test_member_fork-*inherit_no_mem*"), GROWS),
     },
 )
 

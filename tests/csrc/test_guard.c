@@ -145,7 +145,7 @@ static void *find_all(void *argument)
 			} else if (guard) {
 				CHECK_LT(page, FIELD);
 				ksm_guard_get(guard, page); /* whatever it says, there is a table */
-				f->found++;
+				ksm_add_relaxed(&f->found, 1);
 			}
 		}
 		f->rounds++;
@@ -182,6 +182,7 @@ TEST(finding_while_guards_come_and_go)
 		CHECK_EQ(pthread_create(&all[i].thread, NULL, i < 2 ? find_all : make_and_destroy, &all[i]), 0);
 	}
 	kit_sleep_ms(1500);
+	KIT_WAIT(20, ksm_load_relaxed(&all[0].found) + ksm_load_relaxed(&all[1].found) > 0);
 	ksm_store_release(&stop, 1);
 	for (size_t i = 0; i < 4; i++)
 		pthread_join(all[i].thread, NULL);

@@ -240,7 +240,7 @@ static int write_settings(const struct ksm_domain_options *options)
 {
 	struct ksm_settings settings;
 	ksm_settings_default(&settings);
-	settings.pages_to_scan = 4321;
+	settings.max_pages_to_merge = 4321;
 	return ksm_settings_write(options, &settings);
 }
 
@@ -260,7 +260,7 @@ TEST(who_waits_for_what_goes_looks_again)
 		CHECK_EQ(harness_wait(__FILE__, __LINE__, pid), round ? 0 : EBUSY << 8);
 		CHECK_EQ(access(below("d/peer-0"), F_OK), 0);
 		CHECK_EQ(ksm_settings_read(&options, &settings, NULL), 0);
-		CHECK_EQ(settings.pages_to_scan == 4321, round);
+		CHECK_EQ(settings.max_pages_to_merge == 4321, round);
 		members_leave(a);
 		CHECK_EQ(ksm_domain_clean(&options), 0);
 	}
