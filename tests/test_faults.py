@@ -2,7 +2,7 @@
 """The fault walk: tests/faults/ lets every system call of the core fail, in every scenario and mode.
 
 Here a sample: first each kind of call in each scenario, then at random, with a seed that is printed, until
-KSMALLOC_FAULTS_SECONDS are over ("full": all, see `make faults`; with KSMALLOC_FAULTS_PART=2/5 the second fifth).
+KSMALLOC_FAULTS_SECONDS are over ("full": all, see `make faults`; KSMALLOC_FAULTS_PART=2/5 makes it a fifth).
 KSMALLOC_FAULTS_SEED repeats a sample.
 The same walk over a core with a planted bug is the control: it must find it.
 """
