@@ -143,6 +143,7 @@ int ksm_arena_writable_end(struct ksm_arena *arena, void *address, size_t nbytes
 		return r;
 	ksm_merge_lock(peer);
 	struct ksm_hold *hold = unlist(&range);
+	ksm_region_note(range.region, range.first, range.count, KSM_TODO_LOOK);
 	ksm_merge_unlock(peer);
 	free(hold);
 	return hold ? 0 : -EINVAL;

@@ -29,6 +29,13 @@ static int try_pagemap(void)
 	return fd < 0 ? fd : 0;
 }
 
+static enum ksm_tracking tracking(const struct ksm_scanner *scanner)
+{
+	if (scanner->peer->fds.pagemap < 0)
+		return KSM_TRACKING_DIGEST;
+	return scanner->tracker.uffd >= 0 ? KSM_TRACKING_WRITES : KSM_TRACKING_PAGEMAP;
+}
+
 static int look(struct ksm_member *member, void *context)
 {
 	struct ksm_capabilities *out = context;
@@ -37,7 +44,7 @@ static int look(struct ksm_member *member, void *context)
 	const struct ksm_peer *peer = &member->peer;
 	*out = (struct ksm_capabilities){
 		.barrier = ksm_load_relaxed(&peer->self->barrier),
-		.tracking = peer->fds.pagemap >= 0 ? KSM_TRACKING_PAGEMAP : KSM_TRACKING_DIGEST,
+		.tracking = tracking(scanner),
 		.move = try_move(),
 		.uffd_device = ksm_os_uffd_try_device(),
 		.uffd_call = ksm_os_uffd_try_call(false),
@@ -47,6 +54,7 @@ static int look(struct ksm_member *member, void *context)
 		.segv = ksm_handler_is_installed() ? ksm_handler_check() : 0,
 		.handler = ksm_handler_is_installed(),
 		.pagemap = try_pagemap(),
+		.writes = scanner->tracker.error,
 		.dumpable = ksm_os_dumpable(),
 		.why_not = ksm_load_relaxed(&peer->self->why_not),
 		.stops = park->stops,

@@ -2,12 +2,270 @@
 /*
  * DOC: Cold pages
  *
- * Only pages that were not written for a whole pass are worth a merge: others would break at once. The rule is
- * kernel KSM's: the digest is what it was in the last pass. It costs reading every private page in every pass.
+ * Only pages that were not written for a whole pass are worth a merge: others would break at once. Kernel KSM reads every
+ * page in every pass, and a page whose checksum stays the same is cold. Here the kernel is asked which pages were written:
+ * a userfaultfd with UFFD_FEATURE_WP_ASYNC marks pages as write protected, the first store to one takes the mark away by
+ * itself (about a microsecond, and nobody waits for anybody), and PAGEMAP_SCAN lists the pages without a mark, and sets it
+ * again, in one step.
+ *
+ *    update (one piece)                       visit (some stretches of it)
+ *    ──────────────────                       ────────────────────────────
+ *    what is there and not watched?           clean: the digest in the word is right, nothing is read
+ *      frames' pages: broken                  else:  read, digest, set the clean bit
+ *      others: watch them                     unchanged for a pass: cold, look for a twin
+ *    what was written? clean bit off, todo
+ *    mark it again (if that is worth it)
+ *
+ * A pass in which nothing was written is two calls for each piece, and reads no page and no word.
+ *
+ * The marks cost the program a fault for each page that it writes after a pass. Pages that it writes all the time would be
+ * marked all the time, for nothing. So the pages that had been marked and were written within one pass are counted; what
+ * these faults have cost is a debt, which time pays off at a few per cent; and until it is paid a piece with such pages is
+ * only looked at (KSM_WATCH_KNOWN): what was written is left without a mark and without a digest.
+ *
+ * DIRTY-1. All of this proposes, as digests do (MERGE-1). A page that is wrongly called clean costs a comparison in a
+ *          window, or a merge that is not made; never a byte. Devices write without the kernel's knowledge.
+ * DIRTY-2. A mark is set before the digest is taken, so that no write falls between the two unseen. The clean bit is
+ *          trusted only after an update in the same pass, which takes it away from every page that was written or is not
+ *          watched any more: its mapping was replaced, or moved by mremap.
+ * DIRTY-3. Only anonymous memory is watched, and only what is in use. Pages mapped to frames are not: they are
+ *          broken if they are there and anonymous.
+ * DIRTY-4. A mapping can be registered with one descriptor only; the windows of "move" need their own. So what a window
+ *          covers is let go before it opens, and taken back when it is closed.
+ * DIRTY-5. Whatever fails, the piece is KSM_WATCH_NONE, and digests decide.
+ *
+ * Memory may be registered with a descriptor of the program's own: then the kernel says EBUSY, the update finds those pages
+ * unwatched each time, and digests decide there, too. A child of a fork watches nothing that its parent watched: its scanner
+ * begins anew. A process that dies takes its marks along.
  *
  * Called by the scanner under the merge lock.
  */
 #include "dirty.h"
+
+#include "atomic.h"
+
+#include <errno.h>
+
+#define FAULT_NS 1200u /* what the first store to a marked page costs */
+#define DEBT_SHARE 20  /* of the program's time, one part in so many */
+
+static const struct ksm_os_query UNWATCHED = {
+	.none = KSM_PAGE_WATCHED | KSM_PAGE_FILE,
+	.any = KSM_PAGE_PRESENT | KSM_PAGE_SWAPPED,
+};
+
+static const struct ksm_os_query WRITTEN = {
+	.all = KSM_PAGE_WATCHED | KSM_PAGE_WRITTEN,
+	/* Nothing is in it yet. A page that is not there counts as written, and would be marked by an entry in the page
+	 * tables that looks as if it were swapped out. */
+	.none = KSM_PAGE_ZERO,
+	.any = KSM_PAGE_PRESENT | KSM_PAGE_SWAPPED,
+};
+
+int ksm_tracker_init(struct ksm_tracker *tracker, struct ksm_peer *peer)
+{
+	struct ksm_os_range range;
+	const char *at = (const char *)&range - ((uintptr_t)&range & (KSM_PAGE_SIZE - 1));
+	*tracker = (struct ksm_tracker){.peer = peer, .uffd = -1, .error = -EBADF};
+	if (peer->fds.pagemap < 0)
+		return tracker->error;
+	int r = ksm_os_page_ranges(peer->fds.pagemap, &at, at + KSM_PAGE_SIZE, &UNWATCHED, &range, 1);
+	tracker->uffd = r < 0 ? r : ksm_os_uffd_open_watch();
+	tracker->error = KSM_MIN(tracker->uffd, 0);
+	tracker->uffd = KSM_MAX(tracker->uffd, -1);
+	return tracker->error;
+}
+
+void ksm_tracker_fini(struct ksm_tracker *tracker)
+{
+	if (tracker->uffd >= 0)
+		ksm_os_close(tracker->uffd);
+	tracker->uffd = -1;
+}
+
+static size_t pieces_of(const struct ksm_region *region)
+{
+	return (ksm_load_acquire(&region->used) + KSM_PIECE_PAGES - 1) / KSM_PIECE_PAGES;
+}
+
+void ksm_dirty_forget(struct ksm_region *region)
+{
+	size_t used = ksm_load_acquire(&region->used);
+	for (ksm_pageno page = 0; page < used; page += 64)
+		if (region->clean[page / 64])
+			region->clean[page / 64] = 0;
+	for (size_t piece = 0; piece < pieces_of(region); piece++)
+		if (region->pieces[piece].watch != KSM_WATCH_NONE)
+			region->pieces[piece] = (struct ksm_piece){KSM_WATCH_NONE, 0, 0};
+}
+
+/* ---- watching ------------------------------------------------------------------------------------------------ */
+
+static bool is_watchable(const struct ksm_region *region, ksm_pageno page)
+{
+	enum ksm_page_state state = ksm_region_state(region, page);
+	return state != KSM_PAGE_MERGED && state != KSM_PAGE_BROKEN;
+}
+
+static bool is_tracked(const struct ksm_region *region)
+{
+	return region->tracker && region->tracker->uffd >= 0;
+}
+
+/* Errors are the next update's business: it finds them unwatched. */
+void ksm_dirty_watch(struct ksm_region *region, ksm_pageno page, size_t count)
+{
+	if (count && is_tracked(region))
+		ksm_os_uffd_register(region->tracker->uffd, ksm_region_page(region, page), count << KSM_PAGE_SHIFT,
+				     KSM_UFFD_PROTECT);
+}
+
+void ksm_dirty_take_back(struct ksm_region *region, ksm_pageno page, size_t count)
+{
+	for (size_t i = 0, n; is_tracked(region) && i < count; i += n + 1) {
+		for (n = 0; i + n < count && is_watchable(region, page + i + n);)
+			n++;
+		ksm_dirty_watch(region, page + i, n);
+	}
+}
+
+int ksm_dirty_let_go(struct ksm_region *region, ksm_pageno page, size_t count)
+{
+	if (!is_tracked(region) || region->pieces[page / KSM_PIECE_PAGES].watch == KSM_WATCH_NONE)
+		return 0;
+	for (size_t i = 0; i < count; i++)
+		ksm_region_set_clean(region, page + i, false);
+	ksm_region_note(region, page, count, KSM_TODO_LOOK);
+	return ksm_os_uffd_unregister(region->tracker->uffd, ksm_region_page(region, page), count << KSM_PAGE_SHIFT);
+}
+
+void ksm_dirty_release(struct ksm_region *region)
+{
+	for (size_t piece = 0; is_tracked(region) && piece < pieces_of(region); piece++) {
+		ksm_pageno first = piece * KSM_PIECE_PAGES;
+		if (region->pieces[piece].watch != KSM_WATCH_NONE)
+			ksm_os_uffd_unregister(region->tracker->uffd, ksm_region_page(region, first),
+					       KSM_MIN(region->room - first, (size_t)KSM_PIECE_PAGES) << KSM_PAGE_SHIFT);
+	}
+	ksm_dirty_forget(region);
+}
+
+/* ---- updates ------------------------------------------------------------------------------------------------- */
+
+struct update {
+	struct ksm_region *region;
+	ksm_pageno first;
+	size_t count;
+	uint32_t hot; /* pages that had been marked, and were written */
+};
+
+/* Calls each(update, page, count) for every range of pages that the query is about. 0 or an error. */
+static int ask(struct update *update, const struct ksm_os_query *query,
+	       void (*each)(struct update *update, ksm_pageno page, size_t count))
+{
+	struct ksm_tracker *tracker = update->region->tracker;
+	const char *base = update->region->base, *at = ksm_region_page(update->region, update->first);
+	const char *to = at + (update->count << KSM_PAGE_SHIFT);
+	while (at < to) {
+		const char *before = at;
+		int n = ksm_os_page_ranges(tracker->peer->fds.pagemap, &at, to, query, tracker->ranges,
+					   KSM_COUNT(tracker->ranges));
+		if (n < 0)
+			return n;
+		for (int i = 0; i < n; i++)
+			each(update, (tracker->ranges[i].from - (uintptr_t)base) >> KSM_PAGE_SHIFT,
+			     (tracker->ranges[i].to - tracker->ranges[i].from) >> KSM_PAGE_SHIFT);
+		if (at <= before)
+			return -EIO;
+	}
+	return 0;
+}
+
+/* With their neighbours, so that mappings join; of those that are watched already the kernel leaves the marks alone. */
+static void found_unwatched(struct update *update, ksm_pageno page, size_t count)
+{
+	struct ksm_region *region = update->region;
+	ksm_pageno end = page + count, limit = update->first + update->count;
+	ksm_region_note(region, page, count, KSM_TODO_LOOK);
+	for (ksm_pageno i = page; i < end; i++)
+		ksm_region_set_clean(region, i, false);
+	while (page > update->first && is_watchable(region, page) && is_watchable(region, page - 1))
+		page--;
+	for (size_t n; page < end; page += n + 1) {
+		for (n = 0; page + n < limit && is_watchable(region, page + n);)
+			n++;
+		ksm_dirty_watch(region, page, n);
+	}
+}
+
+static void found_written(struct update *update, ksm_pageno page, size_t count)
+{
+	ksm_region_note(update->region, page, count, KSM_TODO_LOOK);
+	for (ksm_pageno i = page; i < page + count; i++) {
+		update->hot += ksm_region_is_clean(update->region, i);
+		ksm_region_set_clean(update->region, i, false);
+	}
+}
+
+/* Is the program in debt with us for faults that we have caused? */
+static bool in_debt(struct ksm_tracker *tracker)
+{
+	uint64_t now = ksm_os_now_ns(), paid = (now - tracker->debt_at_ns) / DEBT_SHARE;
+	tracker->debt_at_ns = now;
+	tracker->debt_ns -= KSM_MIN(tracker->debt_ns, paid);
+	return tracker->debt_ns > 0;
+}
+
+static int update_piece(struct update *update, bool armed)
+{
+	struct ksm_os_query query = WRITTEN;
+	query.protect = armed;
+	int r = ask(update, &UNWATCHED, found_unwatched);
+	return r ? r : ask(update, &query, found_written);
+}
+
+void ksm_dirty_update(struct ksm_region *region, ksm_pageno page, bool force)
+{
+	size_t used = ksm_load_acquire(&region->used);
+	struct ksm_tracker *tracker = region->tracker;
+	struct ksm_piece *piece = &region->pieces[page / KSM_PIECE_PAGES];
+	struct update update = {.region = region, .first = page / KSM_PIECE_PAGES * KSM_PIECE_PAGES};
+	if (update.first >= used)
+		return;
+	if (!is_tracked(region) || tracker->peer->fds.pagemap < 0) {
+		if (piece->watch != KSM_WATCH_NONE)
+			ksm_dirty_forget(region);
+		return;
+	}
+	update.count = KSM_MIN(used - update.first, (size_t)KSM_PIECE_PAGES);
+	bool armed = force || !piece->hot || !in_debt(tracker);
+	int r = update_piece(&update, armed);
+	if (r) { /* DIRTY-5 */
+		ksm_count(tracker->peer->self, KSM_FAILURES, 1);
+		for (ksm_pageno i = update.first; i < update.first + update.count; i++)
+			ksm_region_set_clean(region, i, false);
+		*piece = (struct ksm_piece){KSM_WATCH_NONE, 0, 0};
+		return;
+	}
+	piece->watch = armed ? KSM_WATCH_ARMED : KSM_WATCH_KNOWN;
+	piece->since += update.hot;
+	if (armed) {
+		piece->hot = piece->since;
+		piece->since = 0;
+	}
+	tracker->debt_ns += (uint64_t)update.hot * FAULT_NS;
+}
+
+bool ksm_dirty_is_due(const struct ksm_region *region, ksm_pageno page)
+{
+	return region->pieces[page / KSM_PIECE_PAGES].watch != KSM_WATCH_KNOWN;
+}
+
+void ksm_dirty_digested(struct ksm_region *region, ksm_pageno page)
+{
+	if (region->pieces[page / KSM_PIECE_PAGES].watch == KSM_WATCH_ARMED)
+		ksm_region_set_clean(region, page, true);
+}
 
 enum ksm_dirty ksm_dirty_query(const struct ksm_region *region, ksm_pageno page, uint64_t digest)
 {

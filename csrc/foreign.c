@@ -133,6 +133,15 @@ int ksm_region_register(struct ksm_domain *domain, void *address, size_t nbytes,
 	return 0;
 }
 
+/* Nobody watches who writes there any more. If there is no scanner's thread, nobody does. */
+static int let_go(struct ksm_member *member, void *context)
+{
+	ksm_merge_lock(&member->peer);
+	ksm_dirty_release(context);
+	ksm_merge_unlock(&member->peer);
+	return 0;
+}
+
 int ksm_region_unregister(struct ksm_region *region)
 {
 	struct ksm_domain *domain = domain_of(region);
@@ -145,6 +154,7 @@ int ksm_region_unregister(struct ksm_region *region)
 	ksm_merge_unlock(peer);
 	if (framed)
 		r = ksm_domain_restore_region(domain, region, KSM_RESTORE_ALWAYS, &counts);
+	ksm_worker_call(&domain->worker, let_go, region);
 	ksm_merge_lock(peer);
 	framed = region->states[KSM_PAGE_MERGED] + region->states[KSM_PAGE_BROKEN] > 0;
 	if (framed) { /* FOREIGN-2 */

@@ -58,6 +58,7 @@ enum ksm_tracking { /* how written pages are found */
 	KSM_TRACKING_NONE = 0,
 	KSM_TRACKING_PAGEMAP = 1, /* /proc/self/pagemap says which pages are broken; a digest, which are cold */
 	KSM_TRACKING_DIGEST = 2,  /* no pagemap (not dumpable): pages are compared with their frames */
+	KSM_TRACKING_WRITES = 3,  /* the pagemap, and the kernel says which pages were written (Linux 6.7) */
 };
 
 struct ksm_domain_options {
@@ -132,6 +133,7 @@ struct ksm_capabilities {
 	int32_t segv;        /* the SIGSEGV handler: 0, KSM_EDISPLACED, KSM_EMASKED (looked up now) */
 	int32_t handler;     /* 1: it is installed */
 	int32_t pagemap;     /* reading /proc/self/pagemap */
+	int32_t writes;      /* tracking writes: as move; -ENOTTY: kernel too old */
 	int32_t dumpable;    /* PR_GET_DUMPABLE */
 	int32_t why_not;     /* what keeps this process from merging */
 	uint64_t stops;      /* ever */

@@ -233,6 +233,7 @@ int ksm_member_settle_in(struct ksm_member *member, int uffd)
 	peer->fds.pagemap = ksm_os_open(AT_FDCWD, "/proc/self/pagemap", O_RDONLY, 0);
 	peer->fds.maps = ksm_os_open(AT_FDCWD, "/proc/self/maps", O_RDONLY, 0);
 	ksm_park_create(&member->scanner.park); /* without it broken pages stay broken */
+	ksm_scan_track(&member->scanner);
 	int r = make_barrier(member, uffd);
 	if (!r)
 		r = ksm_merger_init(&member->scanner.merger, peer, &member->index, &member->scanner.barrier,

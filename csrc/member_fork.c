@@ -232,6 +232,7 @@ static void forget_scanner(struct ksm_member *member, bool mapped)
 		ksm_merger_fini(&scanner->merger);
 	scanner->merger.buffer = NULL;
 	ksm_barrier_forget(&scanner->barrier, mapped);
+	scanner->tracker.uffd = -1;
 	scanner->park.ready = false;
 	scanner->park.tasks = -1;
 	ksm_exchange_init(&member->exchange);

@@ -368,6 +368,17 @@ static void prepare_handling(struct ksm_merger *m)
 	}
 }
 
+/* Of stretches that are looked at in whole. */
+static void clear_notes(struct ksm_merger *m)
+{
+	size_t used = ksm_load_acquire(&m->region->used);
+	for (size_t i = 0; i + KSM_TODO_PAGES <= m->count || m->first + m->count >= used; i += KSM_TODO_PAGES) {
+		if (i >= m->count || (m->first + i) % KSM_TODO_PAGES)
+			break;
+		m->region->todo[(m->first + i) / KSM_TODO_PAGES] = 0;
+	}
+}
+
 void ksm_merge_stretch(struct ksm_merger *merger, struct ksm_region *region, ksm_pageno first, size_t count, bool force,
 		       struct ksm_merge_counts *counts)
 {
@@ -381,6 +392,7 @@ void ksm_merge_stretch(struct ksm_merger *merger, struct ksm_region *region, ksm
 	memset(merger->verdicts, KSM_MERGE_LEAVE, sizeof(merger->verdicts));
 	memset(merger->worn, 0, sizeof(merger->worn));
 	uint64_t skipped = counts->skipped;
+	clear_notes(merger);
 	prepare_handling(merger);
 	if (ksm_merge_look(merger)) {
 		ksm_merge_find(merger);
@@ -391,5 +403,6 @@ void ksm_merge_stretch(struct ksm_merger *merger, struct ksm_region *region, ksm
 	ksm_ensure(!merger->barrier->pages && !merger->frozen.pages); /* BARRIER-4 */
 	if (merger->park)
 		give_back(merger);
+	ksm_merge_note_rest(merger);
 	ksm_count(merger->peer->self, KSM_PAGES_SKIPPED, (int64_t)(counts->skipped - skipped));
 }

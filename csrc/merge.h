@@ -22,7 +22,7 @@ enum ksm_merge_verdict {
 };
 
 struct ksm_merge_counts {
-	uint64_t scanned, merged, dropped, promoted, unshared, written, skipped, given_back;
+	uint64_t scanned, merged, dropped, promoted, written, skipped, given_back;
 	int32_t why_not; /* code of the last thing that kept a page from merging, or 0 */
 };
 
@@ -106,6 +106,8 @@ int ksm_merger_ready(const struct ksm_merger *merger, size_t i);
 
 /* A step of ksm_merge_stretch(): which pages to merge, LOOK or DROP; which are worn. false: none to merge. */
 bool ksm_merge_look(struct ksm_merger *merger);
+/* A step of ksm_merge_stretch(), the last one: what the next pass has to come back for (PAGE-5). */
+void ksm_merge_note_rest(struct ksm_merger *merger);
 /* A step of ksm_merge_stretch(): targets for the pages marked LOOK; they become MAP or LEAVE. */
 void ksm_merge_find(struct ksm_merger *merger);
 

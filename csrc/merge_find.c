@@ -123,9 +123,7 @@ void ksm_merge_find(struct ksm_merger *m)
 	for (size_t i = 0; i < m->count; i++) {
 		if (m->verdicts[i] != KSM_MERGE_LOOK)
 			continue;
-		bool found = find_target(m, i);
-		m->verdicts[i] = found ? KSM_MERGE_MAP : KSM_MERGE_LEAVE;
-		m->counts->unshared += !found;
+		m->verdicts[i] = find_target(m, i) ? KSM_MERGE_MAP : KSM_MERGE_LEAVE;
 	}
 	int denied = m->peer->book.error; /* to look something up, or to say what we have */
 	if (denied) {

@@ -138,6 +138,32 @@ static bool can_be_had(const struct ksm_merger *m, size_t i)
 	return !(kind & KSM_PAGE_SHARED) || (barrier->ops && barrier->ops->shared);
 }
 
+/* The page's digest, from its word or its bytes, and what it says. UNKNOWN: it is not to be had, or not worth it now. */
+static enum ksm_dirty digest_of(struct ksm_merger *m, size_t i, uint64_t *digest, bool *zero)
+{
+	ksm_pageno page = m->first + i;
+	if (ksm_region_is_clean(m->region, page)) {
+		*digest = ksm_region_digest(m->region, page);
+		*zero = *digest == ksm_page_zero_digest();
+		return KSM_DIRTY_UNWRITTEN;
+	}
+	if (!m->force && !ksm_dirty_is_due(m->region, page)) {
+		m->counts->written++;
+		return KSM_DIRTY_UNKNOWN;
+	}
+	const char *bytes = ksm_merger_bytes(m, i);
+	if (!bytes) { /* its owner has protected it, or unmapped it this very moment */
+		m->counts->skipped++;
+		return KSM_DIRTY_UNKNOWN;
+	}
+	*digest = ksm_page_digest(bytes);
+	*zero = ksm_page_is_zero(bytes);
+	enum ksm_dirty dirty = ksm_dirty_query(m->region, page, *digest);
+	if (dirty == KSM_DIRTY_UNWRITTEN) /* or with what was there before */
+		ksm_dirty_digested(m->region, page);
+	return dirty;
+}
+
 static void look_at_private(struct ksm_merger *m, size_t i)
 {
 	ksm_pageno page = m->first + i;
@@ -149,13 +175,11 @@ static void look_at_private(struct ksm_merger *m, size_t i)
 		m->counts->skipped += (kind & (KSM_PAGE_SWAPPED | KSM_PAGE_FILE | KSM_PAGE_SHARED)) != 0;
 		return;
 	}
-	const char *bytes = ksm_merger_bytes(m, i);
-	if (!bytes) { /* its owner has protected it, or unmapped it this very moment */
-		m->counts->skipped++;
+	bool zero;
+	uint64_t digest;
+	enum ksm_dirty dirty = digest_of(m, i, &digest, &zero);
+	if (dirty == KSM_DIRTY_UNKNOWN)
 		return;
-	}
-	uint64_t digest = ksm_page_digest(bytes);
-	enum ksm_dirty dirty = ksm_dirty_query(m->region, page, digest);
 	m->counts->scanned++;
 	m->digests[i] = digest;
 	if (dirty != KSM_DIRTY_UNWRITTEN) {
@@ -163,6 +187,7 @@ static void look_at_private(struct ksm_merger *m, size_t i)
 		if (state != KSM_PAGE_UNKNOWN)
 			ksm_region_unknow(m->region, page);
 		ksm_region_move(m->region, page, KSM_PAGE_SEEN, digest);
+		ksm_dirty_digested(m->region, page);
 		if (!m->force)
 			return;
 	} else if (state == KSM_PAGE_REFUSED && m->again) {
@@ -177,7 +202,29 @@ static void look_at_private(struct ksm_merger *m, size_t i)
 		m->counts->skipped++;
 		return;
 	}
-	m->verdicts[i] = ksm_page_is_zero(bytes) ? KSM_MERGE_DROP : KSM_MERGE_LOOK;
+	m->verdicts[i] = zero ? KSM_MERGE_DROP : KSM_MERGE_LOOK;
+}
+
+void ksm_merge_note_rest(struct ksm_merger *m)
+{
+	for (size_t i = 0; i < m->count; i++) {
+		switch (ksm_region_state(m->region, m->first + i)) {
+		case KSM_PAGE_UNKNOWN:
+			if (m->kinds[i] & (KSM_PAGE_PRESENT | KSM_PAGE_SWAPPED))
+				ksm_region_note(m->region, m->first + i, 1, KSM_TODO_LOOK);
+			break;
+		case KSM_PAGE_SEEN:
+		case KSM_PAGE_BROKEN:
+			ksm_region_note(m->region, m->first + i, 1, KSM_TODO_LOOK);
+			break;
+		case KSM_PAGE_CANDIDATE:
+		case KSM_PAGE_REFUSED:
+			ksm_region_note(m->region, m->first + i, 1, KSM_TODO_ASK);
+			break;
+		default:
+			break;
+		}
+	}
 }
 
 bool ksm_merge_look(struct ksm_merger *m)
@@ -185,6 +232,7 @@ bool ksm_merge_look(struct ksm_merger *m)
 	bool any = false;
 	int r = see_kinds(m);
 	if (r) {
+		ksm_region_note(m->region, m->first, m->count, KSM_TODO_LOOK);
 		ksm_merger_why_not(m, r);
 		return false;
 	}

@@ -10,6 +10,7 @@
  */
 #include "merge.h"
 
+#include "dirty.h"
 #include "error.h"
 #include "os.h"
 #include "page.h"
@@ -184,6 +185,11 @@ static int try_window(struct ksm_merger *m, struct ksm_barrier *window, size_t i
 	if (window->ops && window->ops->kind != KSM_BARRIER_MOVE &&
 	    ksm_survey_is_locked(ksm_merger_page(m, i), n * KSM_PAGE_SIZE))
 		return -EINVAL;
+	if (window->ops && window->ops->kind == KSM_BARRIER_MOVE) { /* DIRTY-4 */
+		int r = ksm_dirty_let_go(m->region, m->first + i, n);
+		if (r)
+			return r;
+	}
 	return ksm_window_open(window, ksm_merger_page(m, i), n);
 }
 
@@ -229,8 +235,10 @@ void ksm_merge_windows(struct ksm_merger *m)
 			i++;
 			continue;
 		}
+		size_t wanted = n;
 		int r = open_window(m, window, i, &n);
 		if (r) {
+			ksm_dirty_take_back(m->region, m->first + i, wanted);
 			refused(m, i, n, r);
 			i += r == -EBUSY || r == -EAGAIN ? 1 : n;
 			continue;
@@ -242,6 +250,7 @@ void ksm_merge_windows(struct ksm_merger *m)
 		if (failures)
 			ksm_count(m->peer->self, KSM_FAILURES, failures);
 		settle_fates(m, i, n, fates);
+		ksm_dirty_take_back(m->region, m->first + i, wanted);
 		i += n;
 	}
 }

@@ -80,7 +80,8 @@
 	X(UFFD_TRY)                                                                                                    \
 	X(SIGNAL_SELF)                                                                                                 \
 	X(MAP_QUERY)                                                                                                   \
-	X(READ_OWN)
+	X(READ_OWN)                                                                                                    \
+	X(PAGE_RANGES)
 
 enum ksm_os_call {
 #define KSM_OS_CALL_ENUM(name) KSM_OS_##name,
@@ -222,6 +223,26 @@ enum ksm_page_kind { /* categories of PAGEMAP_SCAN, same bits */
 /* The kind of each of `npages` pages from `at` into kinds[]. fd: /proc/self/pagemap. npages ≤ 512. */
 int ksm_os_pagemap(int fd, const void *at, size_t npages, uint16_t *kinds);
 
+enum ksm_page_category { /* further ones of PAGEMAP_SCAN */
+	KSM_PAGE_WATCHED = 1 << 0, /* in a mapping whose writes a descriptor of ksm_os_uffd_open_watch() tracks */
+	KSM_PAGE_WRITTEN = 1 << 1, /* since it was protected, or it never was */
+};
+
+struct ksm_os_range {
+	uint64_t from, to, categories; /* addresses */
+};
+
+/* Pages in all categories of `all`, in none of `none`, and, unless it is 0, in one of `any`. */
+struct ksm_os_query {
+	uint64_t all, none, any;
+	bool protect; /* those of them that are WATCHED, from now on, in one step */
+};
+
+/* The pages of [*at, to) that a query is about, as ranges; *at: how far it has come. The number of ranges, or an error.
+ * fd: /proc/self/pagemap. Linux 6.7. Holds the lock on the program's mappings: 64 MiB or so at a time. */
+int ksm_os_page_ranges(int fd, const char **at, const char *to, const struct ksm_os_query *query,
+		       struct ksm_os_range *ranges, size_t room);
+
 /* Without a pagemap: KSM_PAGE_PRESENT of what is in memory, the kernel's page of zeros too; nothing else. npages ≤ 512. */
 int ksm_os_resident(const void *at, size_t npages, uint16_t *kinds);
 /* Is there a mapping at every page of [at, at + nbytes)? */
@@ -262,6 +283,8 @@ int ksm_os_read_own(const void *from, void *to, size_t nbytes);
 
 /* Through /dev/userfaultfd, else the system call; with kernel faults. -EPERM/-EACCES: not allowed; -EINVAL: too old. */
 int ksm_os_uffd_open(uint64_t features);
+/* One that tracks writes, for ksm_os_page_ranges(), without a right; Linux 6.7. Nobody ever waits for it. */
+int ksm_os_uffd_open_watch(void);
 /* Only whether it is allowed, each way alone: 0 or why not. */
 int ksm_os_uffd_try_device(void);
 int ksm_os_uffd_try_call(bool of_user); /* of_user: for faults of user code only, which needs no right */

@@ -99,6 +99,7 @@ static const int errors[KSM_OS_CALL_COUNT][LEAST] = {
 	[KSM_OS_SIGNAL_SELF] = {-EAGAIN},
 	[KSM_OS_MAP_QUERY] = {-ENOTTY, -ENOMEM, -EIO},
 	[KSM_OS_READ_OWN] = {-EFAULT, -ENOMEM, -EPERM},
+	[KSM_OS_PAGE_RANGES] = {-ENOMEM, -EINTR, -ENOTTY},
 };
 
 const int *ksm_os_fault_errors(enum ksm_os_call call, size_t *count)

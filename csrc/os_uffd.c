@@ -21,6 +21,9 @@
 #ifndef USERFAULTFD_IOC_NEW
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
 #endif
+#define KSM_UFFD_FEATURE_WP (1ull << 0)
+#define KSM_UFFD_FEATURE_WP_UNPOPULATED (1ull << 13)
+#define KSM_UFFD_FEATURE_WP_ASYNC (1ull << 15)
 #define USER_MODE_ONLY 1 /* UFFD_USER_MODE_ONLY, Linux 5.11 */
 #ifndef UFFDIO_MOVE
 struct uffdio_move {
@@ -40,29 +43,46 @@ struct pm_scan_arg {
 #define PAGEMAP_SCAN _IOWR('f', 16, struct pm_scan_arg)
 #endif
 
-int ksm_os_uffd_open(uint64_t features)
+/* Say which features it is to have. Closed if it cannot. */
+static int with_features(int uffd, uint64_t features)
 {
-	KSM_FAULT(UFFD_OPEN);
+	struct uffdio_api api = {.api = UFFD_API, .features = features};
+	if (!ioctl(uffd, UFFDIO_API, &api))
+		return uffd;
+	int error = -errno;
+	close(uffd);
+	return error;
+}
+
+static int open_descriptor(int flags)
+{
 	int error = -EPERM, uffd = -1;
 	int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
 	if (device >= 0) {
-		uffd = ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+		uffd = ioctl(device, USERFAULTFD_IOC_NEW, flags | O_CLOEXEC | O_NONBLOCK);
 		error = uffd < 0 ? -errno : 0;
 		close(device);
 	}
 	if (uffd < 0) {
-		uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+		uffd = (int)syscall(SYS_userfaultfd, flags | O_CLOEXEC | O_NONBLOCK);
 		error = uffd < 0 ? -errno : 0;
 	}
-	if (uffd < 0)
-		return error;
-	struct uffdio_api api = {.api = UFFD_API, .features = features};
-	if (ioctl(uffd, UFFDIO_API, &api)) {
-		error = -errno;
-		close(uffd);
-		return error;
-	}
-	return uffd;
+	return uffd < 0 ? error : uffd;
+}
+
+int ksm_os_uffd_open(uint64_t features)
+{
+	KSM_FAULT(UFFD_OPEN);
+	int uffd = open_descriptor(0);
+	return uffd < 0 ? uffd : with_features(uffd, features);
+}
+
+int ksm_os_uffd_open_watch(void)
+{
+	KSM_FAULT(UFFD_OPEN);
+	/* Faults are resolved by the kernel, its own as well, so the descriptor need not be one that could hold them up. */
+	int uffd = open_descriptor(USER_MODE_ONLY);
+	return uffd < 0 ? uffd : with_features(uffd, KSM_UFFD_FEATURE_WP | KSM_UFFD_FEATURE_WP_UNPOPULATED | KSM_UFFD_FEATURE_WP_ASYNC);
 }
 
 int ksm_os_uffd_try_device(void)
@@ -196,6 +216,31 @@ int ksm_os_pagemap(int fd, const void *at, size_t npages, uint16_t *kinds)
 				      (present && !file && !(entry >> 56 & 1) ? KSM_PAGE_SHARED : 0));
 	}
 	return 0;
+}
+
+#define SCAN_PROTECT 1u /* PM_SCAN_WP_MATCHING */
+
+int ksm_os_page_ranges(int fd, const char **at, const char *to, const struct ksm_os_query *query,
+		       struct ksm_os_range *ranges, size_t room)
+{
+	KSM_FAULT(PAGE_RANGES);
+	struct pm_scan_arg request = {
+		.size = sizeof(request),
+		.flags = query->protect ? SCAN_PROTECT : 0,
+		.start = (uintptr_t)*at,
+		.end = (uintptr_t)to,
+		.vec = (uintptr_t)ranges,
+		.vec_len = room,
+		.category_inverted = query->none,
+		.category_mask = query->all | query->none,
+		.category_anyof_mask = query->any,
+		.return_mask = query->all | query->none | query->any | KSM_PAGE_PRESENT,
+	};
+	int n = ioctl(fd, PAGEMAP_SCAN, &request);
+	if (n < 0)
+		return -errno;
+	*at = (const char *)(uintptr_t)request.walk_end;
+	return n;
 }
 
 int ksm_os_resident(const void *at, size_t npages, uint16_t *kinds)

@@ -10,6 +10,8 @@
  */
 #include "page.h"
 
+#include "atomic.h"
+
 #include <string.h>
 
 static inline uint64_t read64(const unsigned char *p)
@@ -57,6 +59,16 @@ uint64_t ksm_page_digest(const void *page)
 	digest = fold(digest ^ SALT[5], (lane[0] ^ lane[2]) + SALT[6]) ^ (lane[1] + lane[3]);
 	digest = (digest ^ (digest >> 32)) * SALT[0];
 	return (digest ^ (digest >> 29)) >> (64 - KSM_DIGEST_BITS);
+}
+
+uint64_t ksm_page_zero_digest(void)
+{
+	static const unsigned char zeros[KSM_PAGE_SIZE];
+	static uint64_t known; /* atomic; whoever computes it gets the same */
+	uint64_t digest = ksm_load_relaxed(&known);
+	if (!digest)
+		ksm_store_relaxed(&known, digest = ksm_page_digest(zeros));
+	return digest;
 }
 
 bool ksm_page_equal(const void *a, const void *b)

@@ -20,6 +20,9 @@ bool ksm_page_is_zero(const void *page);
  * twins; it proves nothing, and no adversary is kept out. */
 uint64_t ksm_page_digest(const void *page);
 
+/* That of a page of zeros. */
+uint64_t ksm_page_zero_digest(void);
+
 /* Byte-for-byte. */
 bool ksm_page_equal(const void *a, const void *b);
 

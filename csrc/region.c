@@ -27,6 +27,9 @@
  * PAGE-3. Words change under the merge lock. After fork the child's copy is as good as the parent's: its seat holds a
  *         copy of the parent's bits.
  * PAGE-4. states[] says how many words are in each state.
+ * PAGE-5. Beside the words, notes say where the next pass has to look. A stretch without one has no page that is unknown
+ *         and there, seen but not ripe, or broken: whoever brings a page there leaves a note.
+ * PAGE-6. A clean bit may be set only beside a digest; it goes with it.
  */
 #include "region.h"
 
@@ -41,14 +44,39 @@
 #define PAYLOAD_MASK ((1ull << STATE_SHIFT) - 1)
 _Static_assert(KSM_DIGEST_BITS <= STATE_SHIFT, "a digest does not fit beside the state");
 
+/* The notes beside the words, in one table. */
+static size_t clean_bytes(size_t pages)
+{
+	return ksm_page_round_up((pages + 63) / 64 * sizeof(uint64_t));
+}
+
+static size_t todo_bytes(size_t pages)
+{
+	return ksm_page_round_up((pages + KSM_TODO_PAGES - 1) / KSM_TODO_PAGES);
+}
+
+static size_t notes_bytes(size_t pages)
+{
+	size_t pieces = (pages + KSM_PIECE_PAGES - 1) / KSM_PIECE_PAGES;
+	return clean_bytes(pages) + todo_bytes(pages) + ksm_page_round_up(pieces * sizeof(struct ksm_piece));
+}
+
 int ksm_region_init(struct ksm_region *region, struct ksm_peer *peer, struct ksm_index *index, void *base, size_t pages,
 		    ksm_frameno home)
 {
-	void *words;
+	void *words, *notes;
 	memset(region, 0, sizeof(*region));
 	int r = ksm_os_map_table(ksm_page_round_up(pages * sizeof(uint64_t)), &words);
 	if (r)
 		return r;
+	r = ksm_os_map_table(notes_bytes(pages), &notes);
+	if (r) {
+		ksm_os_unmap(words, ksm_page_round_up(pages * sizeof(uint64_t)));
+		return r;
+	}
+	region->clean = notes;
+	region->todo = (uint8_t *)notes + clean_bytes(pages);
+	region->pieces = (struct ksm_piece *)(region->todo + todo_bytes(pages));
 	region->peer = peer;
 	region->index = index;
 	region->base = base;
@@ -64,7 +92,15 @@ void ksm_region_fini(struct ksm_region *region)
 	ksm_region_unguard(region);
 	if (region->words)
 		ksm_os_unmap(region->words, ksm_page_round_up(region->room * sizeof(uint64_t)));
+	if (region->clean)
+		ksm_os_unmap(region->clean, notes_bytes(region->room));
 	region->words = NULL;
+	region->clean = NULL;
+}
+
+size_t ksm_region_notes_bytes(const struct ksm_region *region)
+{
+	return notes_bytes(region->room);
 }
 
 enum ksm_page_state ksm_region_state(const struct ksm_region *region, ksm_pageno page)
@@ -87,6 +123,36 @@ ksm_frameno ksm_region_frame(const struct ksm_region *region, ksm_pageno page)
 		return KSM_NO_FRAME;
 	return (ksm_frameno)(region->words[page] & PAYLOAD_MASK);
 }
+
+/* ---- notes ------------------------------------------------------------------------------------------ */
+
+bool ksm_region_is_clean(const struct ksm_region *region, ksm_pageno page)
+{
+	return region->clean[page / 64] >> (page % 64) & 1;
+}
+
+void ksm_region_set_clean(struct ksm_region *region, ksm_pageno page, bool clean)
+{
+	uint64_t bit = 1ull << (page % 64);
+	if (clean)
+		region->clean[page / 64] |= bit;
+	else if (region->clean[page / 64] & bit)
+		region->clean[page / 64] &= ~bit;
+}
+
+void ksm_region_note(struct ksm_region *region, ksm_pageno page, size_t count, enum ksm_todo why)
+{
+	for (size_t stretch = page / KSM_TODO_PAGES; count && stretch <= (page + count - 1) / KSM_TODO_PAGES; stretch++)
+		if (!(region->todo[stretch] & why))
+			region->todo[stretch] |= (uint8_t)why;
+}
+
+static bool has_digest(enum ksm_page_state state)
+{
+	return state == KSM_PAGE_SEEN || state == KSM_PAGE_CANDIDATE || state == KSM_PAGE_REFUSED;
+}
+
+/* ---- states ----------------------------------------------------------------------------------------- */
 
 #define TO(state) (1u << KSM_PAGE_##state)
 static const unsigned edges[KSM_PAGE_STATES] = {
@@ -125,6 +191,12 @@ void ksm_region_move(struct ksm_region *region, ksm_pageno page, enum ksm_page_s
 	ksm_ensure(ksm_region_edge_is_legal(from, to)); /* PAGE-2 */
 	ksm_ensure(refers_rightly(region, page, from, to, payload));
 	region->words[page] = (uint64_t)to << STATE_SHIFT | (payload & PAYLOAD_MASK);
+	if (!has_digest(to))
+		ksm_region_set_clean(region, page, false); /* PAGE-6 */
+	if (to == KSM_PAGE_UNKNOWN || to == KSM_PAGE_SEEN || to == KSM_PAGE_BROKEN)
+		ksm_region_note(region, page, 1, KSM_TODO_LOOK); /* PAGE-5 */
+	else if (has_digest(to))
+		ksm_region_note(region, page, 1, KSM_TODO_ASK);
 	if (from == to)
 		return;
 	if (from != KSM_PAGE_UNKNOWN) {

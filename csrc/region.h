@@ -28,14 +28,39 @@ struct ksm_hold {
 	size_t count;
 };
 
+/* Why the next pass has to look at a stretch of KSM_TODO_PAGES pages; bits. None: nothing has happened to it. */
+#define KSM_TODO_PAGES 64
+enum ksm_todo {
+	KSM_TODO_LOOK = 1, /* something was written, or is not known yet */
+	KSM_TODO_ASK = 2,  /* the index may say more about its pages than it did, or the kernel let them go */
+};
+
+/* How far the writes to a piece of KSM_PIECE_PAGES pages are known; see dirty.c. */
+#define KSM_PIECE_PAGES 4096
+enum ksm_watch {
+	KSM_WATCH_NONE = 0, /* they are not: what a page's digest says decides */
+	KSM_WATCH_KNOWN,    /* since the last time, but what was written is not protected again */
+	KSM_WATCH_ARMED,    /* and what is written from now on will be */
+};
+
+struct ksm_piece {
+	uint8_t watch;  /* enum ksm_watch */
+	uint32_t since; /* pages that were written since they were protected the last time */
+	uint32_t hot;   /* … and before that */
+};
+
 struct ksm_region {
 	struct ksm_peer *peer;
 	struct ksm_index *index;
-	struct ksm_region *next; /* in the scanner's list */
+	struct ksm_tracker *tracker; /* who knows what is written (dirty.c); NULL: nobody */
+	struct ksm_region *next;     /* in the scanner's list */
 	char *base;
 	size_t room;             /* pages, fixed */
 	size_t used;             /* pages [0, used) may have been handed out; atomic, only grows */
 	uint64_t *words;         /* one a page */
+	uint64_t *clean;         /* a bit a page: not written since its word's digest was taken, as of the last look */
+	uint8_t *todo;           /* a byte a stretch: enum ksm_todo */
+	struct ksm_piece *pieces;
 	ksm_frameno home;        /* the frame page 0 would like, or KSM_NO_FRAME: see ksm_region_home() */
 	bool background;         /* merged by the scanner when nobody asks */
 	bool excluded;           /* unmerged by name: left alone until scanned by name */
@@ -55,6 +80,8 @@ struct ksm_region {
 int ksm_region_init(struct ksm_region *region, struct ksm_peer *peer, struct ksm_index *index, void *base, size_t pages,
 		    ksm_frameno home);
 void ksm_region_fini(struct ksm_region *region);
+/* The notes beside the words, from region->clean on, are one table of so many bytes. */
+size_t ksm_region_notes_bytes(const struct ksm_region *region);
 
 static inline char *ksm_region_page(const struct ksm_region *region, ksm_pageno page)
 {
@@ -68,6 +95,12 @@ uint64_t ksm_region_digest(const struct ksm_region *region, ksm_pageno page);
 ksm_frameno ksm_region_frame(const struct ksm_region *region, ksm_pageno page);
 
 bool ksm_region_edge_is_legal(enum ksm_page_state from, enum ksm_page_state to);
+/* Is the digest in a page's word that of its bytes now, as far as is known? */
+bool ksm_region_is_clean(const struct ksm_region *region, ksm_pageno page);
+void ksm_region_set_clean(struct ksm_region *region, ksm_pageno page, bool clean);
+/* The next pass looks at these pages. */
+void ksm_region_note(struct ksm_region *region, ksm_pageno page, size_t count, enum ksm_todo why);
+
 /* Move a page to another state. Counts; frames' references are the caller's. An illegal edge panics. */
 void ksm_region_move(struct ksm_region *region, ksm_pageno page, enum ksm_page_state to, uint64_t payload);
 

@@ -29,6 +29,7 @@
 #include "restore.h"
 
 #include "cow.h"
+#include "dirty.h"
 #include "error.h"
 #include "os.h"
 #include "survey.h"
@@ -74,6 +75,7 @@ static int replace_parked(struct ksm_region *region, ksm_pageno page, size_t n, 
 		ksm_panic(__FILE__, __LINE__, "anonymous memory could not take the place of a mapping");
 	if (!region->registered)
 		ksm_os_advise(at, nbytes, MADV_NOHUGEPAGE); /* as its neighbours: they can join */
+	ksm_dirty_watch(region, page, n);
 	memcpy(at, buffer, nbytes);
 	return 0;
 }

@@ -36,6 +36,8 @@ int ksm_scanner_init(struct ksm_scanner *scanner, struct ksm_peer *peer, struct 
 	scanner->exchange = exchange;
 	scanner->barrier.uffd = -1;
 	scanner->park.tasks = -1;
+	scanner->tracker = (struct ksm_tracker){.peer = peer, .uffd = -1, .error = -EBADF};
+	scanner->asked_changes = UINT64_MAX;
 	scanner->rest_ns = REST_NS;
 	return 0;
 }
@@ -43,6 +45,7 @@ int ksm_scanner_init(struct ksm_scanner *scanner, struct ksm_peer *peer, struct 
 void ksm_scanner_fini(struct ksm_scanner *scanner)
 {
 	ksm_merger_fini(&scanner->merger);
+	ksm_tracker_fini(&scanner->tracker);
 	ksm_barrier_destroy(&scanner->barrier);
 	ksm_park_destroy(&scanner->park);
 }
@@ -53,6 +56,15 @@ void ksm_scanner_use(struct ksm_scanner *scanner, const struct ksm_barrier *barr
 	scanner->barrier = *barrier;
 	scanner->peer->own[KSM_OWN_SCRATCH] =
 		(struct ksm_range){barrier->scratch, barrier->scratch ? KSM_SCRATCH_BYTES : 0};
+}
+
+void ksm_scan_track(struct ksm_scanner *scanner)
+{
+	ksm_merge_lock(scanner->peer);
+	ksm_tracker_init(&scanner->tracker, scanner->peer);
+	for (struct ksm_region *region = scanner->regions; region; region = region->next)
+		ksm_dirty_forget(region);
+	ksm_merge_unlock(scanner->peer);
 }
 
 bool ksm_scanner_has_work(struct ksm_scanner *scanner)
@@ -73,6 +85,7 @@ void ksm_scanner_add(struct ksm_scanner *scanner, struct ksm_region *region)
 	while (*at && (*at)->base < region->base)
 		at = &(*at)->next;
 	region->next = *at;
+	region->tracker = &scanner->tracker;
 	*at = region;
 }
 
@@ -83,6 +96,7 @@ void ksm_scanner_remove(struct ksm_scanner *scanner, struct ksm_region *region)
 		at = &(*at)->next;
 	if (*at)
 		*at = region->next;
+	region->tracker = NULL;
 	if (scanner->cursor == region) {
 		scanner->cursor = region->next;
 		scanner->cursor_page = 0;
@@ -130,21 +144,56 @@ static int pause_between(struct ksm_scanner *scanner, const struct ksm_scan_betw
 	return call_between(between);
 }
 
-static size_t stretch_at(struct ksm_scanner *scanner, struct ksm_region *region, ksm_pageno page, bool force,
-			 struct ksm_merge_counts *counts)
+/* Has a pass something to do about the stretch that begins here? */
+static bool is_todo(const struct ksm_region *region, ksm_pageno page, bool ask)
 {
-	size_t used = used_pages(region), most = page < used ? ksm_merger_stretch(&scanner->merger) : 0;
-	size_t count = page < used ? KSM_MIN(used - page, most ? most : KSM_STRETCH) : 0;
+	return page % KSM_TODO_PAGES || region->pieces[page / KSM_PIECE_PAGES].watch == KSM_WATCH_NONE ||
+	       region->todo[page / KSM_TODO_PAGES] & (ask ? KSM_TODO_LOOK | KSM_TODO_ASK : KSM_TODO_LOOK);
+}
+
+/* Pages from here to the next that a pass has to look at, or to the end of the piece. */
+static size_t idle_at(const struct ksm_region *region, ksm_pageno page, size_t used, bool ask)
+{
+	ksm_pageno end = KSM_MIN(used, (page / KSM_PIECE_PAGES + 1) * KSM_PIECE_PAGES), at = page;
+	while (at < end && !is_todo(region, at, ask))
+		at += KSM_TODO_PAGES;
+	return KSM_MIN(at, end) - page;
+}
+
+struct step {
+	size_t pages; /* so many further; 0: that was the region's end */
+	size_t looked;
+};
+
+#define UPDATE_PAGES 32 /* looking at so many pages takes as long as an update */
+
+static struct step step_at(struct ksm_scanner *scanner, struct ksm_region *region, ksm_pageno page, bool force, bool ask,
+			   struct ksm_merge_counts *counts)
+{
+	size_t used = used_pages(region);
+	struct step step = {0};
+	if (page >= used)
+		return step;
+	if (page % KSM_PIECE_PAGES == 0) {
+		ksm_dirty_update(region, page, force);
+		step.looked = UPDATE_PAGES;
+	}
+	step.pages = idle_at(region, page, used, ask);
+	if (step.pages)
+		return step;
+	size_t most = ksm_merger_stretch(&scanner->merger);
 	uint64_t before = counts->scanned;
-	if (count && most) {
-		ksm_merge_stretch(&scanner->merger, region, page, count, force, counts);
-	} else if (count) { /* MERGE-8 */
-		ksm_merge_see_breaks(&scanner->merger, region, page, count);
+	step.pages = KSM_MIN(used - page, most ? most : KSM_STRETCH);
+	step.looked += step.pages;
+	if (most) {
+		ksm_merge_stretch(&scanner->merger, region, page, step.pages, force, counts);
+	} else { /* MERGE-8 */
+		ksm_merge_see_breaks(&scanner->merger, region, page, step.pages);
 		counts->why_not = KSM_EHEADROOM;
 		ksm_count(scanner->peer->self, KSM_WITHHELD, 1);
 	}
 	ksm_count(scanner->peer->self, KSM_PAGES_SCANNED, (int64_t)(counts->scanned - before));
-	return count;
+	return step;
 }
 
 /* Move the cursor to the next stretch to look at. Merge lock held. false: the pass is over. */
@@ -176,12 +225,15 @@ static void publish_why_not(struct ksm_scanner *scanner, int why_not)
 static void publish_pass(struct ksm_scanner *scanner, const struct ksm_merge_counts *counts)
 {
 	struct ksm_slot *self = scanner->peer->self;
+	uint64_t unshared = 0;
 	ksm_count_set(self, KSM_STOPS, scanner->park.stops);
-	ksm_count_set(self, KSM_PAGES_UNSHARED, counts->unshared);
 	ksm_count_set(self, KSM_PAGES_VOLATILE, counts->written);
 	ksm_merge_lock(scanner->peer);
-	bool any = scanner->regions;
+	const struct ksm_region *any = scanner->regions;
+	for (const struct ksm_region *region = any; region; region = region->next)
+		unshared += region->states[KSM_PAGE_CANDIDATE];
 	ksm_merge_unlock(scanner->peer);
+	ksm_count_set(self, KSM_PAGES_UNSHARED, unshared);
 	if (any)
 		ksm_count(self, KSM_FULL_SCANS, 1);
 	publish_why_not(scanner, counts->why_not);
@@ -209,6 +261,7 @@ bool ksm_scan_batch(struct ksm_scanner *scanner, uint64_t pages, uint64_t merges
 		scanner->pass = (struct ksm_merge_counts){0};
 		scanner->pass_changes = ksm_load_seqcst(&scanner->peer->control->changes);
 		scanner->merger.again = scanner->merger.passes % AGAIN_EVERY == AGAIN_EVERY - 1;
+		scanner->ask = scanner->merger.again || scanner->asked_changes != scanner->pass_changes;
 		ksm_scan_forget_worn(scanner);
 	}
 	while (!over && looked < pages && scanner->pass.merged - merged_before < merges) {
@@ -216,9 +269,10 @@ bool ksm_scan_batch(struct ksm_scanner *scanner, uint64_t pages, uint64_t merges
 			over = true;
 			break;
 		}
-		size_t n = stretch_at(scanner, scanner->cursor, scanner->cursor_page, false, &scanner->pass);
-		scanner->cursor_page += n;
-		looked += n;
+		struct step step = step_at(scanner, scanner->cursor, scanner->cursor_page, false, scanner->ask,
+					   &scanner->pass);
+		scanner->cursor_page += step.pages;
+		looked += step.looked;
 		ksm_merge_unlock(scanner->peer);
 		int stop = pause_between(scanner, between);
 		ksm_merge_lock(scanner->peer);
@@ -228,6 +282,8 @@ bool ksm_scan_batch(struct ksm_scanner *scanner, uint64_t pages, uint64_t merges
 	ksm_merge_unlock(scanner->peer);
 	if (!over)
 		return false;
+	if (scanner->ask)
+		scanner->asked_changes = scanner->pass_changes;
 	ksm_scan_give_back(scanner, between, &scanner->pass);
 	publish_pass(scanner, &scanner->pass);
 	scanner->merger.passes++;
@@ -289,9 +345,9 @@ int ksm_scan_pass(struct ksm_scanner *scanner, struct ksm_region *only, enum ksm
 			base = region->base;
 			page = 0;
 		}
-		size_t n = stretch_at(scanner, region, page, true, &pass);
-		page += n;
-		if (n == 0) {
+		struct step step = step_at(scanner, region, page, true, true, &pass);
+		page += step.pages;
+		if (step.pages == 0) {
 			base = region->base + 1;
 			continue;
 		}
@@ -322,7 +378,6 @@ int ksm_scan_pass(struct ksm_scanner *scanner, struct ksm_region *only, enum ksm
 	counts->promoted += pass.promoted;
 	counts->skipped += pass.skipped;
 	counts->given_back += pass.given_back;
-	counts->unshared = pass.unshared;
 	counts->written = pass.written;
 	counts->why_not = pass.why_not;
 	return stop;
@@ -438,6 +493,7 @@ uint64_t ksm_scan_metadata(struct ksm_scanner *scanner)
 	ksm_merge_lock(peer);
 	for (struct ksm_region *region = scanner->regions; region; region = region->next) {
 		nbytes += occupied(peer, region->words, ksm_page_round_up(used_pages(region) * sizeof(uint64_t)));
+		nbytes += occupied(peer, region->clean, ksm_region_notes_bytes(region));
 		if (region->guard)
 			nbytes += occupied(peer, region->guard->bytes, ksm_page_round_up(used_pages(region)));
 	}

@@ -5,6 +5,7 @@
 #ifndef KSM_SCAN_H
 #define KSM_SCAN_H
 
+#include "dirty.h"
 #include "exchange.h"
 #include "merge.h"
 #include "restore.h"
@@ -16,12 +17,15 @@ struct ksm_scanner {
 	struct ksm_exchange *exchange;
 	struct ksm_park park;
 	struct ksm_barrier barrier;
+	struct ksm_tracker tracker;
 	struct ksm_merger merger;
 	struct ksm_region *regions; /* by address; merge lock */
 	/* the background pass */
 	struct ksm_region *cursor; /* merge lock: who removes a region moves it on */
 	ksm_pageno cursor_page;
 	uint64_t pass_changes;        /* ksm_control.changes when it began */
+	uint64_t asked_changes;       /* … when the last pass began that asked the index about every page */
+	bool ask;                     /* this one does */
 	struct ksm_merge_counts pass; /* so far */
 	uint64_t private_pages_seen;  /* in the last complete pass */
 	bool resting;                 /* pages are held, see scan_rest.c */
@@ -47,6 +51,8 @@ enum ksm_scan_who {
 int ksm_scanner_init(struct ksm_scanner *scanner, struct ksm_peer *peer, struct ksm_index *index,
 		     struct ksm_exchange *exchange);
 void ksm_scanner_fini(struct ksm_scanner *scanner);
+/* Begin to track writes, if that can be done here; nothing is known of them so far. The scanner's thread. */
+void ksm_scan_track(struct ksm_scanner *scanner);
 
 /* Regions come and go under the merge lock, from any thread. */
 void ksm_scanner_add(struct ksm_scanner *scanner, struct ksm_region *region);

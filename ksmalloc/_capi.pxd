@@ -36,6 +36,7 @@ cdef extern from "ksmalloc.h" nogil:
         KSM_TRACKING_NONE
         KSM_TRACKING_PAGEMAP
         KSM_TRACKING_DIGEST
+        KSM_TRACKING_WRITES
 
     struct ksm_domain_options:
         const char *name
@@ -92,6 +93,7 @@ cdef extern from "ksmalloc.h" nogil:
         int32_t segv
         int32_t handler
         int32_t pagemap
+        int32_t writes
         int32_t dumpable
         int32_t why_not
         uint64_t stops

@@ -30,6 +30,7 @@ TRACKINGS = {
     "none": <int>c.KSM_TRACKING_NONE,
     "pagemap": <int>c.KSM_TRACKING_PAGEMAP,
     "digest": <int>c.KSM_TRACKING_DIGEST,
+    "writes": <int>c.KSM_TRACKING_WRITES,
 }
 BACKINGS = {"memfd": <int>c.KSM_BACKING_MEMFD, "shm": <int>c.KSM_BACKING_SHM}
 

@@ -18,8 +18,9 @@ class Capabilities:
     barrier: str
     """In force: ``"move"``, ``"stop"``, ``"segv"``, or ``"none"``, with which only frozen pages merge."""
     tracking: str
-    """How written pages are found: ``"pagemap"``; ``"digest"``: by comparing, since /proc/self/pagemap cannot
-    be read; ``"none"``."""
+    """How written pages are found: ``"writes"``: the kernel tells; ``"pagemap"``: it tells of merged pages,
+    others are read in every pass; ``"digest"``: by comparing, since /proc/self/pagemap cannot be read;
+    ``"none"``."""
     cow: tuple[str, ...]
     """What ``Arena(cow=…)`` can have: ``"kernel"`` always, ``"sigsegv"`` if the handler would see a store."""
     handler: str

@@ -27,7 +27,7 @@ class Facts:
     barrier: str
     """In force: ``"move"``, ``"stop"``, ``"segv"`` or ``"none"``."""
     tracking: str
-    """In force: ``"pagemap"``, ``"digest"`` or ``"none"``."""
+    """In force: ``"writes"``, ``"pagemap"``, ``"digest"`` or ``"none"``."""
     move: str | None
     uffd_device: str | None
     uffd_call: str | None
@@ -36,6 +36,7 @@ class Facts:
     stop: str | None
     segv: str | None
     pagemap: str | None
+    writes: str | None
     why_not: str | None
     stop_reason: str
     """The last failure of "stop" in words, or ``""``."""
@@ -66,6 +67,7 @@ def gather(core: Mapping[str, Any]) -> Facts:
         stop=_core.symbol_of(core["stop"]),
         segv=_core.symbol_of(core["segv"]),
         pagemap=_core.symbol_of(core["pagemap"]),
+        writes=_core.symbol_of(core["writes"]),
         why_not=_core.symbol_of(core["why_not"]),
         stop_reason=os.fsdecode(core["stop_reason"]),
         stop_signal=core["stop_signal"],

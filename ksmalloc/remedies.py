@@ -9,6 +9,7 @@ from ksmalloc.facts import Facts
 
 DEVICE = "/dev/userfaultfd"
 MOVE_SINCE = (6, 8)
+WRITES_SINCE = (6, 7)
 
 UDEV = """\
 echo 'KERNEL=="userfaultfd", MODE="0666"' | sudo tee /etc/udev/rules.d/60-userfaultfd.rules
@@ -43,8 +44,8 @@ class Missing:
     """Something better that ksmalloc could do, were it not for a reason."""
 
     name: str
-    """``"barrier move"``, ``"barrier stop"``, ``"tracking pagemap"``, ``"cow sigsegv"``, ``"mappings"``,
-    ``"merging"``."""
+    """``"barrier move"``, ``"barrier stop"``, ``"tracking pagemap"``, ``"tracking writes"``, ``"cow sigsegv"``,
+    ``"mappings"``, ``"merging"``."""
     reason: str
     """Why not, in a sentence."""
     remedy: str
@@ -176,8 +177,10 @@ def _devices(reason: str) -> str:
 
 
 def _tracking(facts: Facts) -> Missing | None:
-    if facts.tracking == "pagemap" or facts.pagemap is None:
+    if facts.tracking == "writes":
         return None
+    if facts.tracking == "pagemap" or facts.pagemap is None:
+        return _writes(facts)
     if not facts.dumpable:
         reason = (
             "the process is not dumpable, since it changed its user or asked for it, so "
@@ -187,6 +190,22 @@ def _tracking(facts: Facts) -> Missing | None:
     if facts.pagemap == "ENOENT":
         return Missing("tracking pagemap", "there is no /proc/self/pagemap", "sudo mount -t proc proc /proc")
     return Missing("tracking pagemap", f"/proc/self/pagemap: {facts.pagemap}", "# as errno(3) says")
+
+
+def _writes(facts: Facts) -> Missing | None:
+    """Any process may have it, unless the kernel is too old or a filter is in the way."""
+    name, since = "tracking writes", ".".join(map(str, WRITES_SINCE))
+    version = ".".join(map(str, facts.kernel))
+    if facts.writes is None:
+        return None
+    if facts.kernel < WRITES_SINCE:
+        return Missing(name, f"Linux {version} has no PAGEMAP_SCAN", f"# a kernel of Linux {since} or later")
+    if facts.writes in ("EINVAL", "ENOTTY"):
+        reason = f"this Linux {version} does not offer UFFD_FEATURE_WP_ASYNC"
+        return Missing(name, reason, f"# a kernel of Linux {since} or later, x86-64 or aarch64")
+    if facts.writes in ("EPERM", "EACCES", "ENOENT", "ENOSYS"):
+        return Missing(name, _forbidden(facts), _permission(facts))
+    return Missing(name, f"userfaultfd failed with {facts.writes}", "# as errno(3) says")
 
 
 def _handler(facts: Facts) -> Missing | None:

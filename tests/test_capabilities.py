@@ -20,10 +20,10 @@ def test_here(rendezvous: str) -> None:
         assert isinstance(found, ksmalloc.Capabilities)
         assert found.barrier == domain.stats().barrier
         assert found.why_not == domain.stats().why_not
-        assert found.tracking == "pagemap"
+        assert found.tracking == "writes"
         assert found.dumpable
         assert (found.cow, found.suspensions) == (("kernel", "sigsegv"), 0)
-        assert repr(found).startswith(f"barrier {found.barrier}, tracking pagemap, cow kernel or sigsegv\n")
+        assert repr(found).startswith(f"barrier {found.barrier}, tracking writes, cow kernel or sigsegv\n")
         for one in found.better:
             assert isinstance(one, ksmalloc.Missing)
             assert f"{one.name}: {one.reason}\n    {one.remedy.splitlines()[0]}" in repr(found)
@@ -73,7 +73,7 @@ found = ksmalloc.capabilities(arena.domain)
 assert (found.barrier, found.tracking, found.why_not) == ("stop", "pagemap", None), found
 assert report.pages_merged == 32 and arena.stats().arena_pages_merged == 32, report
 assert found.stops > 0 and found.stop_signal is not None and found.dumpable
-assert names(found) == ["barrier move"], found
+assert names(found) == ["barrier move", "tracking writes"], found
 assert ("seccomp" if MOVES else "has no UFFDIO_MOVE") in found.better[0].reason, found
 assert "sysctl" not in found.better[0].remedy, found
 memoryview(blocks[0])[0] ^= 1

@@ -176,7 +176,7 @@ def test_started_by_a_master_that_has_dropped(model: Path, name: str, python: Pa
         check_one_copy(crew, growth, "started by a master that has dropped")
         assert crew.master("verify") > 0.99 * growth.one
         for found in crew.ask("capabilities"):
-            assert (found.tracking, found.dumpable) == ("pagemap", True)
+            assert (found.tracking, found.dumpable) == ("writes", True)
         assert crew.stats("peers") == WORKERS + 1
 
 

@@ -133,6 +133,6 @@ assert ksmalloc.ctl.main(["doctor", "--path", PATH]) == 1
 
 def test_every_word_has_a_meaning() -> None:
     assert set(doctor.MEANING["barrier"]) == {"move", "stop", "segv", "none"}
-    assert set(doctor.MEANING["tracking"]) == {"pagemap", "digest", "none"}
+    assert set(doctor.MEANING["tracking"]) == {"writes", "pagemap", "digest", "none"}
     assert set(doctor.VERDICTS) == {"all", "frozen", "nothing"}
     assert ksmalloc.ctl.COMMANDS["doctor"] is doctor

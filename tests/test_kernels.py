@@ -126,7 +126,7 @@ def test_before_moves_threads_are_held(as_on: Path, release: str, rendezvous: st
 @pytest.mark.parametrize("release", ["", "6.8"])
 def test_with_moves_nobody_is_held(as_on: Path, release: str, rendezvous: str) -> None:
     found = live(as_on, release, rendezvous)
-    assert (found["barrier"], found["tracking"], found["why_not"]) == ("move", "pagemap", None), found
+    assert (found["barrier"], found["tracking"], found["why_not"]) == ("move", "writes", None), found
     assert "0 stops" in found["said"]
 
 
@@ -159,16 +159,16 @@ def test_older_kernels_are_refused_when_importing(as_on: Path, release: str) -> 
         ("userfaultfd", "stop", "pagemap"),
         ("filtered-userfaultfd", "stop", "pagemap"),
         ("UFFD_FEATURE_MOVE", "stop", "pagemap"),
-        ("device", "move", "pagemap"),
+        ("device", "move", "writes"),
         ("pagemap", "move", "digest"),
         ("6.7,pagemap", "stop", "digest"),
         ("PROCMAP_QUERY,PAGEMAP_SCAN", "move", "pagemap"),
-        ("process_vm_readv,mincore", "move", "pagemap"),
+        ("process_vm_readv,mincore", "move", "writes"),
         ("6.7,process_vm_readv", "stop", "pagemap"),
         ("6.7,filtered-process_vm_readv", "stop", "pagemap"),
-        ("unshare", "move", "pagemap"),
+        ("unshare", "move", "writes"),
         ("6.7,unshare", "stop", "pagemap"),
-        ("close_range", "move", "pagemap"),
+        ("close_range", "move", "writes"),
         ("6.7,filtered-close_range", "stop", "pagemap"),
         ("6.7,kcmp", "stop", "pagemap"),
         ("6.7,filtered-kcmp", "stop", "pagemap"),

@@ -14,7 +14,7 @@ from ksmalloc.remedies import Missing, missing
 
 BEST = Facts(
     barrier="move",
-    tracking="pagemap",
+    tracking="writes",
     move=None,
     uffd_device=None,
     uffd_call=None,
@@ -22,6 +22,7 @@ BEST = Facts(
     stop=None,
     segv=None,
     pagemap=None,
+    writes=None,
     why_not=None,
     stop_reason="",
     stop_signal=58,
@@ -211,6 +212,22 @@ def test_a_thread_that_does_not_stop() -> None:
 def test_no_signal_and_no_proc() -> None:
     assert stop("EAGAIN", barrier="none").remedy.startswith("KSMALLOC_STOP_SIGNAL=SIGRTMIN+1 ")
     assert stop("ENOENT", barrier="none").remedy == "sudo mount -t proc proc /proc"
+
+
+# ---- tracking ----------------------------------------------------------------------------------------------
+
+
+def test_writes_are_not_tracked() -> None:
+    worse: dict[str, Any] = {"tracking": "pagemap"}
+    move, writes = missing(dataclasses.replace(BEST, **PLAIN | worse, writes="ENOTTY", kernel=(6, 6)))
+    assert (move.name, writes.name) == ("barrier move", "tracking writes")
+    assert "Linux 6.6 has no PAGEMAP_SCAN" in writes.reason
+    assert "6.7" in writes.remedy
+    assert "WP_ASYNC" in only("tracking writes", **worse, writes="EINVAL").reason
+    one = only("tracking writes", **worse, writes="EPERM", uffd_user="EPERM", uffd_device="EACCES")
+    assert "seccomp" in one.reason
+    assert "udev" in one.remedy
+    assert "EMFILE" in only("tracking writes", **worse, writes="EMFILE").reason
 
 
 # ---- the others --------------------------------------------------------------------------------------------

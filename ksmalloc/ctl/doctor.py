@@ -36,7 +36,8 @@ MEANING = {
         "none": "nothing but frozen pages merges",
     },
     "tracking": {
-        "pagemap": "the kernel says which merged pages were written",
+        "writes": "the kernel says which pages were written",
+        "pagemap": "the kernel says which merged pages were written; others are read in every pass",
         "digest": "merged pages are read to find out which were written",
         "none": "written pages are not found",
     },

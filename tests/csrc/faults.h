@@ -227,6 +227,7 @@ KIT void fault_run(const struct work *work, const struct fault *fault, uint32_t 
 		counts[call] = ksm_os_fault_calls((enum ksm_os_call)call);
 	ksm_os_fault_clear();
 	world_check_awake(&w);
+	members_watch_anew(w.member);
 	for (size_t i = 0; i < 2; i++)
 		CHECK(!kit_is_registered(w.toucher.fields[i], FIELD_PAGES));
 	if (work->judge)

@@ -131,6 +131,13 @@ KIT int64_t members_sweep(struct ksm_member *member)
 	return r;
 }
 
+/* Nothing is watched, for the moment, so that what is registered still is somebody else's. */
+KIT void members_watch_anew(struct ksm_member *member)
+{
+	ksm_tracker_fini(&member->scanner.tracker);
+	ksm_scan_track(&member->scanner);
+}
+
 /* ---- regions ------------------------------------------------------------------------------------------------------ */
 
 KIT struct ksm_region *members_region(struct ksm_member *member, void *base, size_t pages)

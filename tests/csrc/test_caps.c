@@ -49,7 +49,7 @@ TEST(what_works_here)
 	CHECK_EQ(caps.barrier, kit_can_move() ? KSM_BARRIER_MOVE : KSM_BARRIER_STOP);
 	CHECK_EQ(caps.move, kit_can_move() ? 0 : caps.move);
 	CHECK(caps.move || !caps.uffd_device || !caps.uffd_call);
-	CHECK_EQ(caps.tracking, KSM_TRACKING_PAGEMAP);
+	CHECK_EQ(caps.tracking, caps.writes ? KSM_TRACKING_PAGEMAP : KSM_TRACKING_WRITES);
 	CHECK_EQ(caps.pagemap, 0);
 	CHECK_EQ(caps.dumpable, 1);
 	CHECK_EQ(caps.stop, 0);

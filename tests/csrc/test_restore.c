@@ -194,6 +194,7 @@ static size_t lost_under_way_back(enum way way, double seconds)
 		memset(kit_page(twin, i), 0, 2 * 8);
 	struct ksm_region *r1 = members_region(a, field, FIELD), *r2 = members_region(a, twin, FIELD);
 	members_merge(a); /* the frames are there from now on */
+	ksm_tracker_fini(&a->scanner.tracker); /* windows are opened by hand */
 	crowd_start(&crowd, field, FIELD, 2, 0);
 	uint64_t least = way == PARKED ? 20 : FIELD;
 	for (double start = harness_now(); kit_goes_on(start, seconds, restored >= least);) {
@@ -329,6 +330,7 @@ static void give_back_and_join(enum ksm_barrier_kind kind)
 	CHECK_EQ(members_counter(a, KSM_GIVE_BACKS), 0);
 	KIT_WAIT(20, (members_pass(a), members_counter(a, KSM_GIVE_BACKS) == THIRD));
 	CHECK_EQ(region->states[KSM_PAGE_BROKEN], 0);
+	members_pass(a); /* which watches what is new, as the rest is */
 	printf("%zu mappings are left\n", mappings(at));
 	if (kind == KSM_BARRIER_MOVE)
 		CHECK_LE(mappings(at), 5); /* moved there in one step, three pieces that join nobody */

@@ -1,0 +1,310 @@
+/* SPDX-License-Identifier: MIT */
+/* Which pages were written: DIRTY-1 to 5, with the kernel's help and without. */
+#include "crowd.h"
+#include "members.h"
+
+#include "dirty.h"
+
+#include <sys/uio.h>
+
+#define PAGES 300
+
+static bool is_tracked(const struct ksm_member *member)
+{
+	if (member->scanner.tracker.uffd >= 0)
+		return true;
+	printf("writes are not tracked here: %s\n", ksm_error_name(member->scanner.tracker.error));
+	return false;
+}
+
+/* Pages that differ from each other, looked at until all are candidates. */
+static struct ksm_region *candidates(struct ksm_member *member, char **at)
+{
+	*at = kit_map_filled(PAGES, 1);
+	struct ksm_region *region = members_region(member, *at, PAGES);
+	members_merge(member);
+	CHECK_EQ(region->states[KSM_PAGE_CANDIDATE], PAGES);
+	return region;
+}
+
+/* DIRTY-2. Nobody writes now. */
+static void check_notes(struct ksm_member *member, struct ksm_region *region)
+{
+	ksm_merge_lock(&member->peer);
+	for (ksm_pageno page = 0; page < region->used; page += KSM_PIECE_PAGES)
+		ksm_dirty_update(region, page, true);
+	for (ksm_pageno page = 0; page < region->used; page++) {
+		bool clean = ksm_region_is_clean(region, page);
+		if (clean && ksm_page_digest(ksm_region_page(region, page)) != ksm_region_digest(region, page))
+			FAIL("page %zu is called clean, and is not", page);
+		if (!clean && ksm_region_state(region, page) == KSM_PAGE_CANDIDATE)
+			if (!(region->todo[page / KSM_TODO_PAGES] & KSM_TODO_LOOK))
+				FAIL("page %zu is neither clean nor to be looked at", page);
+	}
+	ksm_merge_unlock(&member->peer);
+}
+
+TEST(what_nobody_writes_is_not_read_again)
+{
+	char *at;
+	struct ksm_member *a = members_join("d");
+	if (!kit_can_merge() || !is_tracked(a))
+		return;
+	struct ksm_region *region = candidates(a, &at);
+	for (ksm_pageno page = 0; page < PAGES; page++)
+		CHECK(ksm_region_is_clean(region, page));
+	kit_fill(kit_page(at, 70), 1000);
+	members_pass(a);
+	struct ksm_merge_counts counts = {0};
+	CHECK(ksm_scan_batch(&a->scanner, 1000000, 1000000, NULL) || ksm_scan_batch(&a->scanner, 1000000, 1000000, NULL));
+	CHECK(ksm_scan_batch(&a->scanner, 1000000, 1000000, NULL));
+	counts = a->scanner.pass;
+	CHECK_EQ(counts.scanned, 0);
+	CHECK_EQ(counts.written, 0);
+	check_notes(a, region);
+	CHECK_EQ(region->states[KSM_PAGE_CANDIDATE], PAGES);
+	members_leave(a);
+}
+
+/* As before there was tracking, and the control: the same passes read everything. */
+TEST(without_it_everything_is_read)
+{
+	char *at;
+	struct ksm_member *a = members_join("d");
+	if (!kit_can_merge())
+		return;
+	ksm_tracker_fini(&a->scanner.tracker);
+	struct ksm_region *region = candidates(a, &at);
+	for (int i = 0; i < 3; i++)
+		CHECK(ksm_scan_batch(&a->scanner, 1000000, 1000000, NULL));
+	CHECK_EQ(a->scanner.pass.scanned, PAGES);
+	for (ksm_pageno page = 0; page < PAGES; page++)
+		CHECK(!ksm_region_is_clean(region, page));
+	kit_fill(kit_page(at, 5), 6 + 1); /* as its neighbour */
+	CHECK_EQ(members_merge(a), 2);
+	members_leave(a);
+}
+
+/* ---- every kind of write ---------------------------------------------------------------------------------------- */
+
+static char *memory;
+
+static void by_store(char *page, uint64_t seed)
+{
+	kit_fill(page, seed);
+}
+
+static void by_read(char *page, uint64_t seed)
+{
+	char bytes[KSM_PAGE_SIZE];
+	int fd = ksm_os_memfd("bytes");
+	kit_fill(bytes, seed);
+	CHECK_EQ(ksm_os_pwrite(fd, bytes, sizeof(bytes), 0), 0);
+	CHECK_EQ(pread(fd, page, KSM_PAGE_SIZE, 0), (ssize_t)KSM_PAGE_SIZE);
+	ksm_os_close(fd);
+}
+
+static void by_another_process(char *page, uint64_t seed)
+{
+	pid_t parent = getpid(), child = fork();
+	if (child == 0) {
+		char bytes[KSM_PAGE_SIZE];
+		struct iovec from = {bytes, sizeof(bytes)}, to = {page, KSM_PAGE_SIZE};
+		kit_fill(bytes, seed);
+		_exit(process_vm_writev(parent, &from, 1, &to, 1, 0) != (ssize_t)KSM_PAGE_SIZE);
+	}
+	CHECK_CHILD(child);
+}
+
+static void by_dropping(char *page, uint64_t seed)
+{
+	CHECK_SYS(madvise(page, KSM_PAGE_SIZE, MADV_DONTNEED));
+	kit_fill(page, seed);
+}
+
+static void by_mapping(char *page, uint64_t seed)
+{
+	CHECK_EQ(ksm_os_map_anon(page, KSM_PAGE_SIZE, true, false, NULL), 0);
+	kit_fill(page, seed);
+}
+
+static void by_moving(char *page, uint64_t seed)
+{
+	void *other;
+	CHECK_EQ(ksm_os_map_anon(NULL, KSM_PAGE_SIZE, false, false, &other), 0);
+	kit_fill(other, seed);
+	CHECK(mremap(other, KSM_PAGE_SIZE, KSM_PAGE_SIZE, MREMAP_MAYMOVE | MREMAP_FIXED, page) == page);
+}
+
+static void by_going_and_coming_back(char *page, uint64_t seed)
+{
+	void *other;
+	CHECK_EQ(ksm_os_map_anon(NULL, KSM_PAGE_SIZE, false, false, &other), 0);
+	CHECK(mremap(page, KSM_PAGE_SIZE, KSM_PAGE_SIZE, MREMAP_MAYMOVE | MREMAP_FIXED, other) == other);
+	kit_fill(other, seed);
+	CHECK(mremap(other, KSM_PAGE_SIZE, KSM_PAGE_SIZE, MREMAP_MAYMOVE | MREMAP_FIXED, page) == page);
+}
+
+static void (*const ways[])(char *page, uint64_t seed) = {
+	by_store,   by_read,   by_another_process,	by_dropping,
+	by_mapping, by_moving, by_going_and_coming_back,
+};
+
+static void every_way(enum ksm_barrier_kind kind)
+{
+	struct ksm_member *a = members_join_with("d", kind);
+	if (!is_tracked(a))
+		return;
+	struct ksm_region *region = candidates(a, &memory);
+	for (size_t way = 0; way < KSM_COUNT(ways); way++) {
+		printf("way %zu\n", way);
+		ksm_pageno page = 10 + 20 * way, twin = page + 1;
+		ways[way](kit_page(memory, page), 1 + twin);
+		check_notes(a, region);
+		if (ksm_region_is_clean(region, page))
+			FAIL("way %zu was not noticed", way);
+		CHECK_EQ(members_merge(a), 2);
+		ways[way](kit_page(memory, page), 5000 + way); /* now it is a merged page that is written */
+		members_merge(a);
+		CHECK(kit_is(kit_page(memory, page), 5000 + way));
+		CHECK(kit_is(kit_page(memory, twin), 1 + twin));
+	}
+}
+
+TEST(every_way_of_writing_is_noticed)
+{
+	members_on_each_barrier(every_way);
+}
+
+/* ---- at random ------------------------------------------------------------------------------------------------ */
+
+static void anything(enum ksm_barrier_kind kind)
+{
+	struct ksm_member *a = members_join_with("d", kind);
+	uint64_t seeds[PAGES], random = 88172645463325252ull;
+	if (!is_tracked(a))
+		return;
+	struct ksm_region *region = candidates(a, &memory);
+	for (size_t i = 0; i < PAGES; i++)
+		seeds[i] = 1 + i;
+	for (int round = 0; round < 60; round++) {
+		for (int i = 0; i < 40; i++) {
+			random ^= random << 13, random ^= random >> 7, random ^= random << 17;
+			size_t page = random % PAGES;
+			seeds[page] = 1 + (random >> 20) % 50; /* many twins */
+			by_store(kit_page(memory, page), seeds[page]);
+		}
+		if (round % 3)
+			ksm_scan_batch(&a->scanner, 100, 100, NULL);
+		else
+			members_pass(a);
+		check_notes(a, region);
+		for (size_t page = 0; page < PAGES; page++)
+			CHECK(kit_is(kit_page(memory, page), seeds[page]));
+	}
+	CHECK_GT(members_counter(a, KSM_MERGES), 500);
+	members_merge(a);
+	CHECK_GE(region->states[KSM_PAGE_MERGED], PAGES - 10);
+}
+
+TEST(notes_are_right_whatever_is_written)
+{
+	members_on_each_barrier(anything);
+}
+
+/* ---- pages that are written all the time ------------------------------------------------------------------------- */
+
+TEST(busy_pages_are_left_alone_until_the_debt_is_paid)
+{
+	char *at;
+	struct ksm_member *a = members_join("d");
+	if (!kit_can_merge() || !is_tracked(a))
+		return;
+	struct ksm_region *region = candidates(a, &at);
+	uint64_t armed = 0, passes = 0, until = ksm_os_now_ns() + 300000000u;
+	while (ksm_os_now_ns() < until) {
+		for (size_t i = 0; i < PAGES; i++)
+			++*(volatile char *)kit_page(at, i);
+		while (!ksm_scan_batch(&a->scanner, 1000000, 1000000, NULL))
+			;
+		armed += region->pieces[0].watch == KSM_WATCH_ARMED;
+		passes++;
+	}
+	printf("%llu of %llu passes marked the pages again\n", (unsigned long long)armed, (unsigned long long)passes);
+	/* a fault costs 1.2 µs, a twentieth of the time is for them; two marks belong to a debt, and it begins with none */
+	CHECK_LE(armed, 2 * (300000000u / 20 / 1200 / PAGES) + 4);
+	CHECK_GT(passes, armed);
+	/* they come to rest, and are found */
+	kit_fill(kit_page(at, 17), 3000);
+	kit_fill(kit_page(at, 18), 3000);
+	KIT_WAIT(20, (ksm_scan_batch(&a->scanner, 1000000, 1000000, NULL),
+		      ksm_region_state(region, 17) == KSM_PAGE_MERGED && ksm_region_state(region, 18) == KSM_PAGE_MERGED));
+	members_leave(a);
+}
+
+/* ---- faults and forks ------------------------------------------------------------------------------------------- */
+
+static void fails(enum ksm_os_call call, uint32_t skip)
+{
+	char *at;
+	struct ksm_member *a = members_join("d");
+	if (!is_tracked(a))
+		return;
+	struct ksm_region *region = candidates(a, &at);
+	size_t count;
+	const int *errors = ksm_os_fault_errors(call, &count);
+	for (size_t i = 0; i < count; i++) {
+		kit_fill(kit_page(at, 100 + 2 * i), 7000 + i);
+		kit_fill(kit_page(at, 101 + 2 * i), 7000 + i);
+		ksm_os_fault_set(call, skip, UINT32_MAX, errors[i]);
+		members_merge(a);
+		ksm_os_fault_clear();
+		members_merge(a);
+		CHECK_EQ(ksm_region_state(region, 100 + 2 * i), KSM_PAGE_MERGED);
+		CHECK_EQ(ksm_region_state(region, 101 + 2 * i), KSM_PAGE_MERGED);
+		check_notes(a, region);
+	}
+	members_leave(a);
+}
+
+TEST(whatever_fails_digests_decide)
+{
+	if (!kit_can_merge())
+		return;
+	for (uint32_t skip = 0; skip < 4; skip++) {
+		fails(KSM_OS_PAGE_RANGES, skip);
+		fails(KSM_OS_UFFD_REGISTER, skip);
+		fails(KSM_OS_UFFD_UNREGISTER, skip);
+	}
+	ksm_os_fault_set(KSM_OS_UFFD_OPEN, 0, UINT32_MAX, -EPERM);
+	struct ksm_member *a = members_join_with("e", KSM_BARRIER_STOP);
+	ksm_os_fault_clear();
+	CHECK_EQ(a->scanner.tracker.error, -EPERM);
+	char *at = kit_map_filled(2, 0);
+	kit_fill(at, 1);
+	kit_fill(kit_page(at, 1), 1);
+	members_region(a, at, 2);
+	CHECK_EQ(members_merge(a), 2);
+	members_leave(a);
+}
+
+/* The program may have a use for it itself. */
+TEST(memory_of_another_descriptor_is_left_to_digests)
+{
+	char *at;
+	struct ksm_member *a = members_join_with("d", KSM_BARRIER_STOP);
+	if (!is_tracked(a))
+		return;
+	int theirs = ksm_os_uffd_open_watch();
+	CHECK_GE(theirs, 0);
+	at = kit_map_filled(PAGES, 1);
+	CHECK_EQ(ksm_os_uffd_register(theirs, kit_page(at, 100), 50 * KSM_PAGE_SIZE, KSM_UFFD_PROTECT), 0);
+	struct ksm_region *region = members_region(a, at, PAGES);
+	members_merge(a);
+	check_notes(a, region);
+	kit_fill(kit_page(at, 120), 1 + 20);
+	CHECK_EQ(members_merge(a), 2);
+	check_notes(a, region);
+	ksm_os_close(theirs);
+	members_leave(a);
+}
