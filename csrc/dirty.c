@@ -145,7 +145,8 @@ void ksm_dirty_release(struct ksm_region *region)
 		ksm_pageno first = piece * KSM_PIECE_PAGES;
 		if (region->pieces[piece].watch != KSM_WATCH_NONE)
 			ksm_os_uffd_unregister(region->tracker->uffd, ksm_region_page(region, first),
-					       KSM_MIN(region->room - first, (size_t)KSM_PIECE_PAGES) << KSM_PAGE_SHIFT);
+					       KSM_MIN(region->room - first, (size_t)KSM_PIECE_PAGES)
+						       << KSM_PAGE_SHIFT);
 	}
 	ksm_dirty_forget(region);
 }

@@ -22,6 +22,7 @@
  *          at work on the bytes, and its busy bit says so where nobody can scribble (REFS-7).
  * FRAME-4. A process that is not dumpable by its own choice publishes nothing. One that has changed its user since its
  *          program was started (a server that drops root) is not dumpable by the kernel's: that one may.
+ *          It is asked once for each stretch of pages.
  * FRAME-5. All tables that an allocation touches have their memory before it begins (SPARSE-1), and before frames_high
  *          moves: where there is none, no number of a frame is given away in vain.
  *
@@ -164,8 +165,9 @@ static bool hides_itself(void)
 
 int ksm_frame_alloc(struct ksm_peer *peer, ksm_frameno want, ksm_frameno *out)
 {
-	if (hides_itself())
+	if (!peer->shows_itself && hides_itself())
 		return KSM_EDUMPABLE; /* FRAME-4 */
+	peer->shows_itself = true;
 	int r = ksm_peer_refresh_if_changed(peer);
 	if (r)
 		return r;

@@ -55,6 +55,12 @@ void ksm_index_attach(struct ksm_index *index, const struct ksm_peer *peer)
 	};
 }
 
+void ksm_index_prefetch(const struct ksm_index *index, uint64_t digest)
+{
+	ksm_table_prefetch(&index->frames, digest);
+	ksm_table_prefetch(&index->candidates, digest);
+}
+
 /* ---- frames ---------------------------------------------------------------------------------------- */
 
 static uint64_t index_word(uint64_t digest, ksm_frameno frame, uint32_t generation)
@@ -88,12 +94,10 @@ static bool index_word_fits(const struct ksm_peer *peer, uint64_t word, uint64_t
 ksm_frameno ksm_index_take(struct ksm_index *index, struct ksm_peer *peer, uint64_t digest, ksm_frameno prefer)
 {
 	uint64_t best = 0;
-	unsigned levels = ksm_table_levels(&index->frames);
-	for (unsigned n = 0; n < levels * KSM_TABLE_CHOICES; n++) {
-		uint64_t *bucket =
-			ksm_table_bucket(&index->frames, n / KSM_TABLE_CHOICES, n % KSM_TABLE_CHOICES, digest);
-		for (unsigned i = 0; bucket && i < KSM_TABLE_BUCKET; i++) {
-			uint64_t word = ksm_load_acquire(&bucket[i]);
+	const struct ksm_table_view *view = ksm_table_view(&index->frames, digest);
+	for (unsigned n = 0; n < view->count; n++) {
+		for (unsigned i = 0; i < KSM_TABLE_BUCKET; i++) {
+			uint64_t word = ksm_load_acquire(&view->buckets[n][i]);
 			if (!index_word_fits(peer, word, digest))
 				continue;
 			/* the preferred one, else the first of a run, if there is one */
@@ -163,13 +167,12 @@ static bool candidate_is_stale(void *context, uint64_t word)
 static bool candidates_visit(struct ksm_index *index, uint64_t digest,
 			     bool (*visit)(void *context, uint64_t *at, uint64_t word), void *context)
 {
-	unsigned levels = ksm_table_levels(&index->candidates);
-	for (unsigned n = 0; n < levels * KSM_TABLE_CHOICES; n++) {
-		uint64_t *bucket =
-			ksm_table_bucket(&index->candidates, n / KSM_TABLE_CHOICES, n % KSM_TABLE_CHOICES, digest);
-		for (unsigned i = 0; bucket && i < KSM_TABLE_BUCKET; i++) {
-			uint64_t word = ksm_load_acquire(&bucket[i]);
-			if ((word ^ candidate_tag(digest)) >> TAG_SHIFT == 0 && visit(context, &bucket[i], word))
+	const struct ksm_table_view *view = ksm_table_view(&index->candidates, digest);
+	uint64_t tag = candidate_tag(digest);
+	for (unsigned n = 0; n < view->count; n++) {
+		for (unsigned i = 0; i < KSM_TABLE_BUCKET; i++) {
+			uint64_t *at = &view->buckets[n][i], word = ksm_load_acquire(at);
+			if ((word ^ tag) >> TAG_SHIFT == 0 && visit(context, at, word))
 				return true;
 		}
 	}

@@ -16,6 +16,9 @@ struct ksm_index {
 /* Point at the tables in the peer's control memfd. */
 void ksm_index_attach(struct ksm_index *index, const struct ksm_peer *peer);
 
+/* A digest will be looked up soon, in both tables. */
+void ksm_index_prefetch(const struct ksm_index *index, uint64_t digest);
+
 /*
  * Look a digest up and take the frame (merge lock held). `prefer`: this one if it is among those found.
  * Returns the frame, or KSM_NO_FRAME.

@@ -100,6 +100,7 @@ void ksm_merge_let_go(struct ksm_merger *m, size_t i)
 	}
 	m->promoted[i] = false;
 	m->verdicts[i] = KSM_MERGE_LEAVE;
+	ksm_merger_come_back(m, i);
 }
 
 /* Pages [i, i + n) that all are to be mapped, to consecutive frames, all promoted or none. */

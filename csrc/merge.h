@@ -81,6 +81,12 @@ static inline void ksm_merger_why_not(struct ksm_merger *merger, int code)
 	merger->counts->why_not = code;
 }
 
+/* What was to be done about page i could not be done now: the next pass tries again. */
+static inline void ksm_merger_come_back(const struct ksm_merger *merger, size_t i)
+{
+	ksm_region_note(merger->region, merger->first + i, 1, KSM_TODO_LOOK);
+}
+
 /* What opens a window on page i of the stretch. */
 static inline const struct ksm_barrier *ksm_merger_barrier(const struct ksm_merger *merger, size_t i)
 {

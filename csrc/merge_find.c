@@ -105,7 +105,12 @@ static bool find_target(struct ksm_merger *m, size_t i)
 	switch (ksm_candidate_find(m->index, m->peer, digest, ksm_merger_page(m, i))) {
 	case KSM_CANDIDATE_OTHER:
 		/* A page that was refused before would be again: its frame would be written for nothing. */
-		return ksm_region_state(m->region, m->first + i) != KSM_PAGE_REFUSED && try_promote(m, i);
+		if (ksm_region_state(m->region, m->first + i) == KSM_PAGE_REFUSED)
+			return false;
+		if (try_promote(m, i))
+			return true;
+		ksm_merger_come_back(m, i);
+		return false;
 	case KSM_CANDIDATE_NONE:
 		ksm_candidate_add(m->index, m->peer, digest, ksm_merger_page(m, i));
 		/* fall through */
@@ -114,13 +119,26 @@ static bool find_target(struct ksm_merger *m, size_t i)
 		return false;
 	case KSM_CANDIDATE_CLAIMED:
 	default:
+		ksm_merger_come_back(m, i);
 		return false;
 	}
 }
 
+#define AHEAD 8 /* pages for which what the tables say is on its way */
+
+static void prefetch(const struct ksm_merger *m, size_t i)
+{
+	if (i < m->count && m->verdicts[i] == KSM_MERGE_LOOK)
+		ksm_index_prefetch(m->index, m->digests[i]);
+}
+
 void ksm_merge_find(struct ksm_merger *m)
 {
+	m->peer->shows_itself = false;
+	for (size_t i = 0; i < AHEAD; i++)
+		prefetch(m, i);
 	for (size_t i = 0; i < m->count; i++) {
+		prefetch(m, i + AHEAD);
 		if (m->verdicts[i] != KSM_MERGE_LOOK)
 			continue;
 		m->verdicts[i] = find_target(m, i) ? KSM_MERGE_MAP : KSM_MERGE_LEAVE;

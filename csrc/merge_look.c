@@ -200,6 +200,7 @@ static void look_at_private(struct ksm_merger *m, size_t i)
 	if (ready) {
 		ksm_merger_why_not(m, ready);
 		m->counts->skipped++;
+		ksm_merger_come_back(m, i);
 		return;
 	}
 	m->verdicts[i] = zero ? KSM_MERGE_DROP : KSM_MERGE_LOOK;

@@ -158,6 +158,7 @@ static void refused(struct ksm_merger *m, size_t i, size_t n, int error)
 		if (m->verdicts[j] == KSM_MERGE_MAP)
 			ksm_merge_let_go(m, j);
 		m->verdicts[j] = KSM_MERGE_LEAVE;
+		ksm_merger_come_back(m, j);
 		if (all)
 			continue;
 		ksm_region_unknow(m->region, m->first + j);

@@ -223,7 +223,7 @@ enum ksm_page_kind { /* categories of PAGEMAP_SCAN, same bits */
 /* The kind of each of `npages` pages from `at` into kinds[]. fd: /proc/self/pagemap. npages ≤ 512. */
 int ksm_os_pagemap(int fd, const void *at, size_t npages, uint16_t *kinds);
 
-enum ksm_page_category { /* further ones of PAGEMAP_SCAN */
+enum ksm_page_category {           /* further ones of PAGEMAP_SCAN */
 	KSM_PAGE_WATCHED = 1 << 0, /* in a mapping whose writes a descriptor of ksm_os_uffd_open_watch() tracks */
 	KSM_PAGE_WRITTEN = 1 << 1, /* since it was protected, or it never was */
 };

@@ -82,7 +82,9 @@ int ksm_os_uffd_open_watch(void)
 	KSM_FAULT(UFFD_OPEN);
 	/* Faults are resolved by the kernel, its own as well, so the descriptor need not be one that could hold them up. */
 	int uffd = open_descriptor(USER_MODE_ONLY);
-	return uffd < 0 ? uffd : with_features(uffd, KSM_UFFD_FEATURE_WP | KSM_UFFD_FEATURE_WP_UNPOPULATED | KSM_UFFD_FEATURE_WP_ASYNC);
+	return uffd < 0 ? uffd
+			: with_features(uffd, KSM_UFFD_FEATURE_WP | KSM_UFFD_FEATURE_WP_UNPOPULATED |
+						      KSM_UFFD_FEATURE_WP_ASYNC);
 }
 
 int ksm_os_uffd_try_device(void)

@@ -82,6 +82,7 @@ struct ksm_peer {
 	uint64_t full_at; /* frames_freed, plus 1, when frames were last looked through for a free one; 0: since then */
 	uint64_t looked;  /* … so many of them: all, and the store is full */
 	ksm_frameno next_frame; /* where the last run of allocations ended */
+	bool shows_itself;      /* it may publish pages, as far as was asked in this stretch: FRAME-4 */
 	pthread_mutex_t merge_mutex, merge_next;
 	/* what stays even if the process moves to another user's domain */
 	struct ksm_range own[KSM_OWN_RANGES]; /* what the scanner's thread uses while a window is open; SURVEY-3 */

@@ -55,11 +55,11 @@ struct ksm_region {
 	struct ksm_tracker *tracker; /* who knows what is written (dirty.c); NULL: nobody */
 	struct ksm_region *next;     /* in the scanner's list */
 	char *base;
-	size_t room;             /* pages, fixed */
-	size_t used;             /* pages [0, used) may have been handed out; atomic, only grows */
-	uint64_t *words;         /* one a page */
-	uint64_t *clean;         /* a bit a page: not written since its word's digest was taken, as of the last look */
-	uint8_t *todo;           /* a byte a stretch: enum ksm_todo */
+	size_t room;     /* pages, fixed */
+	size_t used;     /* pages [0, used) may have been handed out; atomic, only grows */
+	uint64_t *words; /* one a page */
+	uint64_t *clean; /* a bit a page: not written since its word's digest was taken, as of the last look */
+	uint8_t *todo;   /* a byte a stretch: enum ksm_todo */
 	struct ksm_piece *pieces;
 	ksm_frameno home;        /* the frame page 0 would like, or KSM_NO_FRAME: see ksm_region_home() */
 	bool background;         /* merged by the scanner when nobody asks */

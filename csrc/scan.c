@@ -144,58 +144,6 @@ static int pause_between(struct ksm_scanner *scanner, const struct ksm_scan_betw
 	return call_between(between);
 }
 
-/* Has a pass something to do about the stretch that begins here? */
-static bool is_todo(const struct ksm_region *region, ksm_pageno page, bool ask)
-{
-	return page % KSM_TODO_PAGES || region->pieces[page / KSM_PIECE_PAGES].watch == KSM_WATCH_NONE ||
-	       region->todo[page / KSM_TODO_PAGES] & (ask ? KSM_TODO_LOOK | KSM_TODO_ASK : KSM_TODO_LOOK);
-}
-
-/* Pages from here to the next that a pass has to look at, or to the end of the piece. */
-static size_t idle_at(const struct ksm_region *region, ksm_pageno page, size_t used, bool ask)
-{
-	ksm_pageno end = KSM_MIN(used, (page / KSM_PIECE_PAGES + 1) * KSM_PIECE_PAGES), at = page;
-	while (at < end && !is_todo(region, at, ask))
-		at += KSM_TODO_PAGES;
-	return KSM_MIN(at, end) - page;
-}
-
-struct step {
-	size_t pages; /* so many further; 0: that was the region's end */
-	size_t looked;
-};
-
-#define UPDATE_PAGES 32 /* looking at so many pages takes as long as an update */
-
-static struct step step_at(struct ksm_scanner *scanner, struct ksm_region *region, ksm_pageno page, bool force, bool ask,
-			   struct ksm_merge_counts *counts)
-{
-	size_t used = used_pages(region);
-	struct step step = {0};
-	if (page >= used)
-		return step;
-	if (page % KSM_PIECE_PAGES == 0) {
-		ksm_dirty_update(region, page, force);
-		step.looked = UPDATE_PAGES;
-	}
-	step.pages = idle_at(region, page, used, ask);
-	if (step.pages)
-		return step;
-	size_t most = ksm_merger_stretch(&scanner->merger);
-	uint64_t before = counts->scanned;
-	step.pages = KSM_MIN(used - page, most ? most : KSM_STRETCH);
-	step.looked += step.pages;
-	if (most) {
-		ksm_merge_stretch(&scanner->merger, region, page, step.pages, force, counts);
-	} else { /* MERGE-8 */
-		ksm_merge_see_breaks(&scanner->merger, region, page, step.pages);
-		counts->why_not = KSM_EHEADROOM;
-		ksm_count(scanner->peer->self, KSM_WITHHELD, 1);
-	}
-	ksm_count(scanner->peer->self, KSM_PAGES_SCANNED, (int64_t)(counts->scanned - before));
-	return step;
-}
-
 /* Move the cursor to the next stretch to look at. Merge lock held. false: the pass is over. */
 static bool cursor_settle(struct ksm_scanner *scanner)
 {
@@ -269,8 +217,8 @@ bool ksm_scan_batch(struct ksm_scanner *scanner, uint64_t pages, uint64_t merges
 			over = true;
 			break;
 		}
-		struct step step = step_at(scanner, scanner->cursor, scanner->cursor_page, false, scanner->ask,
-					   &scanner->pass);
+		struct ksm_scan_step step = ksm_scan_step(scanner, scanner->cursor, scanner->cursor_page, false,
+							  scanner->ask, &scanner->pass);
 		scanner->cursor_page += step.pages;
 		looked += step.looked;
 		ksm_merge_unlock(scanner->peer);
@@ -345,7 +293,7 @@ int ksm_scan_pass(struct ksm_scanner *scanner, struct ksm_region *only, enum ksm
 			base = region->base;
 			page = 0;
 		}
-		struct step step = step_at(scanner, region, page, true, true, &pass);
+		struct ksm_scan_step step = ksm_scan_step(scanner, region, page, true, true, &pass);
 		page += step.pages;
 		if (step.pages == 0) {
 			base = region->base + 1;

@@ -85,6 +85,16 @@ int ksm_scan_exhaust(struct ksm_scanner *scanner, struct ksm_region *only, const
 /* Threads could not be held the last time: look now and then whether they can by now, though nothing is to be merged. */
 void ksm_scan_try_park(struct ksm_scanner *scanner);
 
+struct ksm_scan_step {
+	size_t pages;  /* so many further; 0: that was the region's end */
+	size_t looked; /* what it cost, in pages looked at */
+};
+
+/* One step of a pass, at a page of a region. force: cold or not; ask: the index, about pages of which nothing new is known.
+ * Merge lock held. */
+struct ksm_scan_step ksm_scan_step(struct ksm_scanner *scanner, struct ksm_region *region, ksm_pageno page, bool force,
+				   bool ask, struct ksm_merge_counts *counts);
+
 /* Make sure every living peer's bitmap is at hand, asking for what is missing. 0 or -EAGAIN. */
 int ksm_scan_know_peers(struct ksm_scanner *scanner);
 /* Sweep the marked chunks (all: every chunk). Returns frames freed, or -EAGAIN: some chunks stay marked. */

@@ -11,6 +11,9 @@
  *             ├─ other bits ──▶ bucket of 8 words ──────────────────┘
  *             ├─ …                                                    level 1
  *
+ * A look-up of what is not there reads two cache lines of every level, and waits for none of them if they have been asked for
+ * before, together with those of other pages: ksm_table_prefetch().
+ *
  * Words are placed and replaced by compare-and-swap, never moved. There is no deletion order to respect:
  * whoever looks reads both buckets of every level in use.
  *
@@ -56,38 +59,63 @@ uint64_t *ksm_table_bucket(const struct ksm_table *table, unsigned level, unsign
 	return ksm_sparse_reach(&table->words_there, bucket) ? NULL : bucket;
 }
 
+/*
+ * What others place in a bucket that was empty when we looked is not seen until the next digest is looked up: TABLE-3.
+ */
+const struct ksm_table_view *ksm_table_view(struct ksm_table *table, uint64_t digest)
+{
+	struct ksm_table_view *view = &table->view;
+	unsigned levels = ksm_table_levels(table);
+	if (view->digest == digest && view->levels == levels)
+		return view;
+	view->digest = digest;
+	view->levels = levels;
+	view->count = 0;
+	for (unsigned level = 0; level < levels; level++) {
+		for (unsigned choice = 0; choice < KSM_TABLE_CHOICES; choice++) {
+			uint64_t *bucket = ksm_table_bucket(table, level, choice, digest);
+			if (bucket)
+				view->buckets[view->count++] = bucket;
+		}
+	}
+	return view;
+}
+
 /* The same for writing. NULL: there is no memory for it. */
-static uint64_t *touch_bucket(const struct ksm_table *table, unsigned level, unsigned choice, uint64_t digest)
+static uint64_t *touch_bucket(struct ksm_table *table, unsigned level, unsigned choice, uint64_t digest)
 {
 	uint64_t *bucket = bucket_at(table, level, choice, digest);
 	uint64_t page = page_of(table, bucket), bit = 1ull << (page % 64);
 	uint64_t *touched = &table->touched[page / 64];
 	if (ksm_sparse_reach(&table->touched_there, touched) || ksm_sparse_reach(&table->words_there, bucket))
 		return NULL; /* TABLE-4 */
-	if (!(ksm_load_relaxed(touched) & bit))
+	if (!(ksm_load_relaxed(touched) & bit)) {
 		ksm_or_seqcst(touched, bit);
+		table->view.levels = 0;
+	}
 	return bucket;
 }
 
-/* Into one bucket, if there is room. Word 0: only that there is an empty word. */
+/* Into one bucket, over an empty word or, if is_stale is given, one that nobody needs. Word 0: only that there is such a place. */
 static bool insert_here(uint64_t *bucket, uint64_t word, bool (*is_stale)(void *context, uint64_t word), void *context)
 {
 	for (unsigned i = 0; i < KSM_TABLE_BUCKET; i++) {
 		uint64_t old = ksm_load_acquire(&bucket[i]);
 		if (old == word)
 			return true;
-		if ((old == 0 || is_stale(context, old)) && ksm_cas_seqcst(&bucket[i], old, word))
+		if ((old == 0 || (is_stale && is_stale(context, old))) && ksm_cas_seqcst(&bucket[i], old, word))
 			return true;
 	}
 	return false;
 }
 
-static bool is_there(const struct ksm_table *table, unsigned level, unsigned choice, uint64_t digest, uint64_t word)
+static bool is_there(struct ksm_table *table, uint64_t digest, uint64_t word)
 {
-	const uint64_t *bucket = ksm_table_bucket(table, level, choice, digest);
-	for (unsigned i = 0; bucket && i < KSM_TABLE_BUCKET; i++)
-		if (ksm_load_acquire(&bucket[i]) == word)
-			return true;
+	const struct ksm_table_view *view = ksm_table_view(table, digest);
+	for (unsigned n = 0; n < view->count; n++)
+		for (unsigned i = 0; i < KSM_TABLE_BUCKET; i++)
+			if (ksm_load_acquire(&view->buckets[n][i]) == word)
+				return true;
 	return false;
 }
 
@@ -101,33 +129,54 @@ static unsigned room_in(const struct ksm_table *table, unsigned level, unsigned 
 	return room;
 }
 
+/*
+ * Into one level: the emptier bucket first, so that a level is nearly full before anything overflows; whether words are
+ * stale, which is dear, is asked only where none is empty. 1: placed; 0: no room; -ENOMEM.
+ */
+static int insert_level(struct ksm_table *table, unsigned level, uint64_t digest, uint64_t word,
+			bool (*is_stale)(void *context, uint64_t word), void *context)
+{
+	unsigned room[KSM_TABLE_CHOICES] = {room_in(table, level, 0, digest), room_in(table, level, 1, digest)};
+	unsigned first = room[1] > room[0];
+	for (unsigned n = 0; n < KSM_TABLE_CHOICES; n++) {
+		uint64_t *bucket = touch_bucket(table, level, (first + n) % KSM_TABLE_CHOICES, digest);
+		if (!bucket)
+			return -ENOMEM; /* a further level would need memory as well */
+		if (insert_here(bucket, word, room[first] ? NULL : is_stale, context))
+			return 1;
+	}
+	return 0;
+}
+
+/* The last level has half of all words, so earlier ones are seldom asked. */
 int ksm_table_insert(struct ksm_table *table, uint64_t digest, uint64_t word,
 		     bool (*is_stale)(void *context, uint64_t word), void *context)
 {
 	unsigned levels = ksm_table_levels(table);
-	for (unsigned level = 0; level < table->levels_max; level++) {
-		if (level == levels) {
-			ksm_cas32_seqcst(table->levels_now, levels, levels + 1);
-			levels = KSM_MAX(ksm_table_levels(table), level + 1);
-		}
-		if (is_there(table, level, 0, digest, word) || is_there(table, level, 1, digest, word))
-			return 0;
-		/* Into the emptier one first: then a level is nearly full before anything overflows. */
-		unsigned first = room_in(table, level, 1, digest) > room_in(table, level, 0, digest);
-		bool denied = false;
-		for (unsigned n = 0; n < KSM_TABLE_CHOICES; n++) {
-			uint64_t *bucket = touch_bucket(table, level, (first + n) % KSM_TABLE_CHOICES, digest);
-			if (bucket && insert_here(bucket, word, is_stale, context))
-				return 0;
-			denied |= !bucket;
-		}
-		if (denied) /* a further level would need memory as well */
-			return -ENOMEM;
+	int r = 0;
+	if (word && is_there(table, digest, word))
+		return 0;
+	for (unsigned level = levels; level-- && !r;)
+		r = insert_level(table, level, digest, word, is_stale, context);
+	while (!r && levels < table->levels_max) {
+		ksm_cas32_seqcst(table->levels_now, levels, levels + 1);
+		r = insert_level(table, levels, digest, word, is_stale, context);
+		levels = KSM_MAX(ksm_table_levels(table), levels + 1);
 	}
+	if (r)
+		return KSM_MIN(r, 0);
 	uint64_t *bucket = touch_bucket(table, table->levels_max - 1, 0, digest);
 	if (bucket && word)
 		ksm_store_release(&bucket[(digest >> 40) % KSM_TABLE_BUCKET], word);
 	return bucket ? 0 : -ENOMEM;
+}
+
+void ksm_table_prefetch(const struct ksm_table *table, uint64_t digest)
+{
+	unsigned levels = ksm_table_levels(table);
+	for (unsigned level = 0; level < levels; level++)
+		for (unsigned choice = 0; choice < KSM_TABLE_CHOICES; choice++)
+			__builtin_prefetch(bucket_at(table, level, choice, digest));
 }
 
 int ksm_table_make_room(struct ksm_table *table, uint64_t digest, bool (*is_stale)(void *context, uint64_t word),

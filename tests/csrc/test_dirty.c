@@ -56,7 +56,8 @@ TEST(what_nobody_writes_is_not_read_again)
 	kit_fill(kit_page(at, 70), 1000);
 	members_pass(a);
 	struct ksm_merge_counts counts = {0};
-	CHECK(ksm_scan_batch(&a->scanner, 1000000, 1000000, NULL) || ksm_scan_batch(&a->scanner, 1000000, 1000000, NULL));
+	CHECK(ksm_scan_batch(&a->scanner, 1000000, 1000000, NULL) ||
+	      ksm_scan_batch(&a->scanner, 1000000, 1000000, NULL));
 	CHECK(ksm_scan_batch(&a->scanner, 1000000, 1000000, NULL));
 	counts = a->scanner.pass;
 	CHECK_EQ(counts.scanned, 0);
@@ -146,8 +147,7 @@ static void by_going_and_coming_back(char *page, uint64_t seed)
 }
 
 static void (*const ways[])(char *page, uint64_t seed) = {
-	by_store,   by_read,   by_another_process,	by_dropping,
-	by_mapping, by_moving, by_going_and_coming_back,
+	by_store, by_read, by_another_process, by_dropping, by_mapping, by_moving, by_going_and_coming_back,
 };
 
 static void every_way(enum ksm_barrier_kind kind)
@@ -237,8 +237,9 @@ TEST(busy_pages_are_left_alone_until_the_debt_is_paid)
 	/* they come to rest, and are found */
 	kit_fill(kit_page(at, 17), 3000);
 	kit_fill(kit_page(at, 18), 3000);
-	KIT_WAIT(20, (ksm_scan_batch(&a->scanner, 1000000, 1000000, NULL),
-		      ksm_region_state(region, 17) == KSM_PAGE_MERGED && ksm_region_state(region, 18) == KSM_PAGE_MERGED));
+	KIT_WAIT(20,
+		 (ksm_scan_batch(&a->scanner, 1000000, 1000000, NULL),
+		  ksm_region_state(region, 17) == KSM_PAGE_MERGED && ksm_region_state(region, 18) == KSM_PAGE_MERGED));
 	members_leave(a);
 }
 

@@ -193,7 +193,7 @@ static size_t lost_under_way_back(enum way way, double seconds)
 	for (size_t i = 0; i < FIELD; i++)
 		memset(kit_page(twin, i), 0, 2 * 8);
 	struct ksm_region *r1 = members_region(a, field, FIELD), *r2 = members_region(a, twin, FIELD);
-	members_merge(a); /* the frames are there from now on */
+	members_merge(a);                      /* the frames are there from now on */
 	ksm_tracker_fini(&a->scanner.tracker); /* windows are opened by hand */
 	crowd_start(&crowd, field, FIELD, 2, 0);
 	uint64_t least = way == PARKED ? 20 : FIELD;

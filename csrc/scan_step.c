@@ -1,0 +1,69 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * DOC: Steps
+ *
+ * A pass goes through a region in steps. At the beginning of a piece the notes are brought up to date (dirty.c), which costs
+ * as much as looking at a few pages; then each step either passes over all that has nothing to do, up to the end of the
+ * piece, or looks at one stretch.
+ *
+ *    piece   ┌─update─┬────────┬────────┬────────┬ … ┬────────┐
+ *            │ todo:  │   –    │  look  │   –    │   │   –    │
+ *            └────────┴────────┴────────┴────────┴ … ┴────────┘
+ *    steps            ├──over──┼─stretch┼──────over───────────┤
+ *
+ * STEP-1. The merge lock is held for one step, so it is short: one update, or one stretch.
+ * STEP-2. A stretch is passed over only if its notes say so (PAGE-5), and they were brought up to date in this pass.
+ *
+ * Called by the scanner's thread under the merge lock.
+ */
+#include "scan.h"
+
+#include "atomic.h"
+#include "error.h"
+
+/* Has a pass something to do about the stretch that begins here? */
+static bool is_todo(const struct ksm_region *region, ksm_pageno page, bool ask)
+{
+	return page % KSM_TODO_PAGES || region->pieces[page / KSM_PIECE_PAGES].watch == KSM_WATCH_NONE ||
+	       region->todo[page / KSM_TODO_PAGES] & (ask ? KSM_TODO_LOOK | KSM_TODO_ASK : KSM_TODO_LOOK);
+}
+
+/* Pages from here to the next that a pass has to look at, or to the end of the piece. */
+static size_t idle_at(const struct ksm_region *region, ksm_pageno page, size_t used, bool ask)
+{
+	ksm_pageno end = KSM_MIN(used, (page / KSM_PIECE_PAGES + 1) * KSM_PIECE_PAGES), at = page;
+	while (at < end && !is_todo(region, at, ask))
+		at += KSM_TODO_PAGES;
+	return KSM_MIN(at, end) - page;
+}
+
+#define UPDATE_PAGES 32 /* looking at so many pages takes as long as an update */
+
+struct ksm_scan_step ksm_scan_step(struct ksm_scanner *scanner, struct ksm_region *region, ksm_pageno page, bool force,
+				   bool ask, struct ksm_merge_counts *counts)
+{
+	size_t used = ksm_load_acquire(&region->used);
+	struct ksm_scan_step step = {0};
+	if (page >= used)
+		return step;
+	if (page % KSM_PIECE_PAGES == 0) {
+		ksm_dirty_update(region, page, force);
+		step.looked = UPDATE_PAGES;
+	}
+	step.pages = idle_at(region, page, used, ask);
+	if (step.pages)
+		return step;
+	size_t most = ksm_merger_stretch(&scanner->merger);
+	uint64_t before = counts->scanned;
+	step.pages = KSM_MIN(used - page, most ? most : KSM_STRETCH);
+	step.looked += step.pages;
+	if (most) {
+		ksm_merge_stretch(&scanner->merger, region, page, step.pages, force, counts);
+	} else { /* MERGE-8 */
+		ksm_merge_see_breaks(&scanner->merger, region, page, step.pages);
+		counts->why_not = KSM_EHEADROOM;
+		ksm_count(scanner->peer->self, KSM_WITHHELD, 1);
+	}
+	ksm_count(scanner->peer->self, KSM_PAGES_SCANNED, (int64_t)(counts->scanned - before));
+	return step;
+}
