@@ -190,12 +190,15 @@ struct ksm_settings {
 	uint32_t pages_to_scan;      /* pages a batch, 1 … 1,000,000 */
 	uint32_t max_pages_to_merge; /* pages merged in a batch at most, 1 … 1,000,000 */
 	uint32_t sleep_millisecs;    /* between batches, 0 … 60,000 */
+	uint32_t advisor_mode;       /* 1: batches and pauses are chosen, the three above are not used; 0: they are */
+	uint32_t advisor_max_cpu;    /* then: per cent of one processor that a process may use for long, 1 … 100 */
 };
-#define KSM_SETTINGS_COUNT 4
+#define KSM_SETTINGS_COUNT 6
 
 /* Read or write them without joining (options: name and path are used). Nobody there: the defaults, and
  * writing creates the rendezvous. `peers`, if not NULL, is how many live peers there are.
- * Errors: EINVAL (out of range) and those of ksm_domain_attach() that concern the rendezvous. */
+ * Errors: EINVAL (out of range; or pages_to_scan, while the advisor chooses it, as in kernel KSM) and those of
+ * ksm_domain_attach() that concern the rendezvous. */
 KSM_API int ksm_settings_read(const struct ksm_domain_options *options, struct ksm_settings *out, uint32_t *peers);
 KSM_API int ksm_settings_write(const struct ksm_domain_options *options, const struct ksm_settings *settings);
 KSM_API void ksm_settings_default(struct ksm_settings *out);

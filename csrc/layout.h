@@ -32,7 +32,7 @@
 #include "base.h"
 #include "ksmalloc.h"
 
-#define KSM_LAYOUT_VERSION 1u
+#define KSM_LAYOUT_VERSION 2u
 #define KSM_MAGIC 0x636f6c6c616d736bull /* "ksmalloc" */
 
 /* ---- cells: the life of a frame ---------------------------------------------------------------- */

@@ -198,6 +198,8 @@ uint64_t ksm_os_file_size_limit(void);
 /* Bytes of addresses that this process may map. */
 uint64_t ksm_os_address_limit(void);
 uint64_t ksm_os_now_ns(void);
+/* What the calling thread has had of a processor, ever. */
+uint64_t ksm_os_thread_cpu_ns(void);
 void ksm_os_sleep_ns(uint64_t ns);
 void ksm_os_yield(void);
 /* A descriptor that becomes readable when `signal`, blocked in the calling thread, is sent to it. */

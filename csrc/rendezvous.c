@@ -204,13 +204,20 @@ static uint32_t settings_check(const struct ksm_settings *settings)
 void ksm_settings_default(struct ksm_settings *out)
 {
 	*out = (struct ksm_settings){
-		.run = 1, .pages_to_scan = 2048, .max_pages_to_merge = 2048, .sleep_millisecs = 20};
+		.run = 1,
+		.pages_to_scan = 2048,
+		.max_pages_to_merge = 2048,
+		.sleep_millisecs = 20,
+		.advisor_mode = 1,
+		.advisor_max_cpu = 20,
+	};
 }
 
 static bool settings_are_valid(const struct ksm_settings *s)
 {
 	return s->run <= 1 && s->pages_to_scan >= 1 && s->pages_to_scan <= 1000000 && s->max_pages_to_merge >= 1 &&
-	       s->max_pages_to_merge <= 1000000 && s->sleep_millisecs <= 60000;
+	       s->max_pages_to_merge <= 1000000 && s->sleep_millisecs <= 60000 && s->advisor_mode <= 1 &&
+	       s->advisor_max_cpu >= 1 && s->advisor_max_cpu <= 100;
 }
 
 int ksm_rendezvous_settings(int file, struct ksm_settings *out)
@@ -312,6 +319,14 @@ int ksm_settings_read(const struct ksm_domain_options *options, struct ksm_setti
 	return r;
 }
 
+/* Kernel KSM refuses it as well: what the advisor chooses nobody sets. */
+static int check_advisor(int file, const struct ksm_settings *settings)
+{
+	struct ksm_settings old;
+	int r = settings->advisor_mode ? ksm_rendezvous_settings(file, &old) : 0;
+	return !r && settings->advisor_mode && settings->pages_to_scan != old.pages_to_scan ? -EINVAL : r;
+}
+
 int ksm_settings_write(const struct ksm_domain_options *options, const struct ksm_settings *settings)
 {
 	struct ksm_domain_file head = {0};
@@ -321,6 +336,8 @@ int ksm_settings_write(const struct ksm_domain_options *options, const struct ks
 		return r == -EAGAIN ? KSM_ENOPEER : r; /* as joining says */
 	if (ksm_rendezvous_read(rendezvous.file, &head) == -ENODATA)
 		r = ksm_rendezvous_write(rendezvous.file, head.id, KSM_BACKING_MEMFD); /* before anybody lives there */
+	if (!r)
+		r = check_advisor(rendezvous.file, settings);
 	if (!r)
 		r = ksm_rendezvous_set_settings(rendezvous.file, settings);
 	ksm_rendezvous_unlock(lock);

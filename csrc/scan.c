@@ -168,13 +168,13 @@ static void publish_why_not(struct ksm_scanner *scanner, int why_not)
 	else if (!why_not && ops->kind == KSM_BARRIER_STOP)
 		why_not = scanner->park.why;
 	ksm_store_relaxed(&scanner->peer->self->why_not, why_not);
+	ksm_count_set(scanner->peer->self, KSM_STOPS, scanner->park.stops);
 }
 
 static void publish_pass(struct ksm_scanner *scanner, const struct ksm_merge_counts *counts)
 {
 	struct ksm_slot *self = scanner->peer->self;
 	uint64_t unshared = 0;
-	ksm_count_set(self, KSM_STOPS, scanner->park.stops);
 	ksm_count_set(self, KSM_PAGES_VOLATILE, counts->written);
 	ksm_merge_lock(scanner->peer);
 	const struct ksm_region *any = scanner->regions;
@@ -200,19 +200,21 @@ static void audit(struct ksm_scanner *scanner)
 bool ksm_scan_batch(struct ksm_scanner *scanner, uint64_t pages, uint64_t merges,
 		    const struct ksm_scan_between *between)
 {
-	uint64_t merged_before = scanner->pass.merged, looked = 0;
+	uint64_t merged_before = scanner->pass.merged;
 	bool over = false;
+	scanner->looked = 0;
 	ksm_merge_lock(scanner->peer);
 	if (!scanner->cursor) {
 		scanner->cursor = scanner->regions;
 		scanner->cursor_page = 0;
 		scanner->pass = (struct ksm_merge_counts){0};
+		scanner->pass_began_ns = ksm_os_now_ns();
 		scanner->pass_changes = ksm_load_seqcst(&scanner->peer->control->changes);
 		scanner->merger.again = scanner->merger.passes % AGAIN_EVERY == AGAIN_EVERY - 1;
 		scanner->ask = scanner->merger.again || scanner->asked_changes != scanner->pass_changes;
 		ksm_scan_forget_worn(scanner);
 	}
-	while (!over && looked < pages && scanner->pass.merged - merged_before < merges) {
+	while (!over && scanner->looked < pages && scanner->pass.merged - merged_before < merges) {
 		if (!cursor_settle(scanner)) {
 			over = true;
 			break;
@@ -220,7 +222,7 @@ bool ksm_scan_batch(struct ksm_scanner *scanner, uint64_t pages, uint64_t merges
 		struct ksm_scan_step step = ksm_scan_step(scanner, scanner->cursor, scanner->cursor_page, false,
 							  scanner->ask, &scanner->pass);
 		scanner->cursor_page += step.pages;
-		looked += step.looked;
+		scanner->looked += step.looked;
 		ksm_merge_unlock(scanner->peer);
 		int stop = pause_between(scanner, between);
 		ksm_merge_lock(scanner->peer);

@@ -23,6 +23,8 @@ struct ksm_scanner {
 	/* the background pass */
 	struct ksm_region *cursor; /* merge lock: who removes a region moves it on */
 	ksm_pageno cursor_page;
+	uint64_t pass_began_ns;
+	uint64_t looked;              /* what the last batch cost, in pages looked at */
 	uint64_t pass_changes;        /* ksm_control.changes when it began */
 	uint64_t asked_changes;       /* … when the last pass began that asked the index about every page */
 	bool ask;                     /* this one does */

@@ -6,6 +6,7 @@
 #define KSM_WORKER_H
 
 #include "member.h"
+#include "pace.h"
 
 #include <pthread.h>
 #include <signal.h>
@@ -43,6 +44,7 @@ struct ksm_worker {
 	uint64_t served_ns, looked_ns, counted_ns, settle_until_ns, hinted_ns, rest_ns, disturbed_ns;
 	uint64_t settle_beats, hint_changes;
 	struct ksm_settings settings;
+	struct ksm_pace pace;
 };
 
 void ksm_worker_init(struct ksm_worker *worker, const struct ksm_domain_options *options);

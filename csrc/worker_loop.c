@@ -23,6 +23,7 @@
 #define HANDLER_EVERY_NS (50 * MS)
 #define FOLLOW_AGAIN_NS (2000 * MS)
 #define DISTURB_EVERY_NS (1000 * MS)
+#define PASS_NS (100 * MS) /* a pass takes at least so long, if the advisor paces it */
 
 static struct ksm_worker *worker_of(struct ksm_member *member)
 {
@@ -236,15 +237,43 @@ static void rest_longer(struct ksm_worker *worker, const struct ksm_merge_counts
 		rest(worker);
 }
 
+/* What has not been written since the last pass is cold: since a moment at least, or what is in use would be merged. */
+static uint64_t until_next_pass(const struct ksm_scanner *scanner, uint64_t now)
+{
+	uint64_t passed = now - scanner->pass_began_ns;
+	return scanner->cursor ? 0 : PASS_NS - KSM_MIN(passed, (uint64_t)PASS_NS);
+}
+
+/* A batch of the background pass, as the advisor would have it. Returns whether the pass is over; *pause: how long to sleep. */
+static bool advised_batch(struct ksm_worker *worker, const struct ksm_scan_between *hook, uint64_t *pause)
+{
+	struct ksm_scanner *scanner = &worker->member.scanner;
+	uint64_t now = ksm_os_now_ns();
+	ksm_pace_limit(&worker->pace, now, worker->settings.advisor_max_cpu);
+	*pause = KSM_MAX(ksm_pace_rest_ns(&worker->pace), until_next_pass(scanner, now));
+	if (*pause)
+		return false;
+	uint64_t before = ksm_os_thread_cpu_ns();
+	bool over = ksm_scan_batch(scanner, ksm_pace_pages(&worker->pace), UINT64_MAX, hook);
+	ksm_pace_spent(&worker->pace, scanner->looked, ksm_os_thread_cpu_ns() - before);
+	*pause = over ? until_next_pass(scanner, ksm_os_now_ns()) : 0;
+	return over;
+}
+
 /* A batch of the background pass. Returns how long to sleep. */
 static uint64_t work(struct ksm_worker *worker)
 {
 	struct ksm_scanner *scanner = &worker->member.scanner;
 	struct ksm_scan_between hook = {between_background, worker, between_rest};
 	uint64_t pause = worker->settings.sleep_millisecs * MS;
+	bool over;
 	if (!worker->settings.run || !ksm_scanner_has_work(scanner))
 		return LOOK_EVERY_NS;
-	bool over = ksm_scan_batch(scanner, worker->settings.pages_to_scan, worker->settings.max_pages_to_merge, &hook);
+	if (worker->settings.advisor_mode)
+		over = advised_batch(worker, &hook, &pause);
+	else
+		over = ksm_scan_batch(scanner, worker->settings.pages_to_scan, worker->settings.max_pages_to_merge,
+				      &hook);
 	if (!over)
 		return pause;
 	rest_longer(worker, &scanner->pass);
@@ -255,6 +284,7 @@ void ksm_worker_loop(struct ksm_worker *worker)
 {
 	uint64_t resume_at = 0;
 	worker->settle_beats = ksm_load_relaxed(&worker->member.peer.control->settle_beats);
+	ksm_pace_init(&worker->pace);
 	while (!ksm_load_acquire(&worker->stop)) {
 		run_calls(worker);
 		if (ksm_load_acquire(&worker->stop) || !worker->member.joined)

@@ -132,6 +132,8 @@ cdef extern from "ksmalloc.h" nogil:
         uint32_t pages_to_scan
         uint32_t max_pages_to_merge
         uint32_t sleep_millisecs
+        uint32_t advisor_mode
+        uint32_t advisor_max_cpu
 
     int ksm_settings_read(const ksm_domain_options *options, ksm_settings *out, uint32_t *peers)
     int ksm_settings_write(const ksm_domain_options *options, const ksm_settings *settings)

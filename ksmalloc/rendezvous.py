@@ -27,16 +27,17 @@ def rendezvous(
 
 
 class Settings(Mapping[str, int]):
-    """A domain's settings: a mapping of four names to ints, kept in the rendezvous.
+    """A domain's settings: a mapping of six names to ints, kept in the rendezvous.
 
     They hold for all peers at once and for peers that join later. Reading and writing need no living peer.
 
     run: 1 merge, 0 stop (what is merged stays merged). pages_to_scan: pages a batch, 1 to 1,000,000.
     max_pages_to_merge: pages merged in a batch at most, 1 to 1,000,000. sleep_millisecs: pause between
-    batches, 0 to 60,000 ms.
+    batches, 0 to 60,000 ms. advisor_mode: 1, those three are chosen, so that new data is found at once and no
+    process uses more than advisor_max_cpu per cent of one processor for long (1 to 100); 0, they are not.
 
-    Unknown names are KeyError, values out of range ValueError, values that are no ints TypeError. All four
-    are written together: two processes that write at the same moment may undo each other's change.
+    Unknown names are KeyError, values out of range ValueError, values that are no ints TypeError. As in kernel
+    KSM pages_to_scan cannot be set while the advisor chooses it: that is a ValueError, too. All six are written together: two processes that write at the same moment may undo each other's change.
     """
 
     def __init__(self, rendezvous: _core.Rendezvous) -> None:
@@ -66,6 +67,8 @@ class Settings(Mapping[str, int]):
             settings[name] = operator.index(value)
             if not 0 <= settings[name] <= _UINT32_MAX:
                 raise ValueError(f"{name} = {value} is out of range")
+        if settings["advisor_mode"] == 1 and "pages_to_scan" in values:
+            raise ValueError("the advisor chooses pages_to_scan; with advisor_mode 0 it can be set")
         self._rendezvous.write_settings(settings)
 
     def __repr__(self) -> str:

@@ -138,9 +138,11 @@ def test_wrong_types(rendezvous: str) -> None:
 def test_settings(rendezvous: str) -> None:
     with ksmalloc.Domain(path=rendezvous) as domain:
         settings = domain.settings
-        assert list(settings) == ["run", "pages_to_scan", "max_pages_to_merge", "sleep_millisecs"]
-        assert len(settings) == 4
-        settings["pages_to_scan"] = 200
+        names = ["run", "pages_to_scan", "max_pages_to_merge", "sleep_millisecs"]
+        assert list(settings) == [*names, "advisor_mode", "advisor_max_cpu"]
+        assert len(settings) == 6
+        assert (settings["advisor_mode"], settings["advisor_max_cpu"]) == (1, 20)
+        settings.update({"advisor_mode": 0, "pages_to_scan": 200})
         assert dict(domain.settings)["pages_to_scan"] == 200
         settings.update({"run": 0, "sleep_millisecs": 7})
         assert (settings["run"], settings["sleep_millisecs"], settings["pages_to_scan"]) == (0, 7, 200)
@@ -159,6 +161,8 @@ def test_settings_refuse(rendezvous: str) -> None:
             "pages_to_scan": (0, -1, 1_000_001, 1 << 32, (1 << 32) + 100),
             "max_pages_to_merge": (0, 1_000_001),
             "sleep_millisecs": (-1, 60_001),
+            "advisor_mode": (-1, 2),
+            "advisor_max_cpu": (0, 101),
         }.items():
             for value in values:
                 with pytest.raises(ValueError):
@@ -171,6 +175,20 @@ def test_settings_refuse(rendezvous: str) -> None:
         assert dict(domain.settings) == before
 
 
+def test_what_the_advisor_chooses_nobody_sets(rendezvous: str) -> None:
+    """As in kernel KSM."""
+    with ksmalloc.Domain(path=rendezvous) as domain:
+        for update in ({"pages_to_scan": 100}, {"pages_to_scan": 100, "advisor_mode": 1}):
+            with pytest.raises(ValueError, match="advisor_mode 0"):
+                domain.settings.update(update)
+        domain.settings.update({"pages_to_scan": 100, "advisor_mode": 0})
+        domain.settings["advisor_mode"] = 1
+        assert domain.settings["pages_to_scan"] == 100
+        other = ksmalloc.domain.rendezvous("default", rendezvous)
+        with pytest.raises(ValueError):
+            other.write_settings(dict(domain.settings) | {"pages_to_scan": 101})
+
+
 @pytest.mark.parametrize(
     ("name", "low", "high"),
     [
@@ -178,10 +196,13 @@ def test_settings_refuse(rendezvous: str) -> None:
         ("pages_to_scan", 1, 10**6),
         ("max_pages_to_merge", 1, 10**6),
         ("sleep_millisecs", 0, 60_000),
+        ("advisor_mode", 0, 1),
+        ("advisor_max_cpu", 1, 100),
     ],
 )
 def test_settings_at_their_limits(rendezvous: str, name: str, low: int, high: int) -> None:
     with ksmalloc.Domain(path=rendezvous) as domain:
+        domain.settings["advisor_mode"] = 0
         for value in (low, high):
             domain.settings[name] = value
             assert domain.settings[name] == value

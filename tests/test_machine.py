@@ -41,7 +41,7 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.path = tempfile.mkdtemp(prefix="ksmalloc-test-", dir="/dev/shm")
         self.domain = ksmalloc.Domain(path=self.path)
-        self.domain.settings.update({"pages_to_scan": 100_000, "sleep_millisecs": 1})
+        self.domain.settings.update({"advisor_mode": 0, "pages_to_scan": 100_000, "sleep_millisecs": 1})
         self.arenas = [self.new_arena(scan) for scan in (True, False)]
         self.blocks: list[Held] = []
         self.fresh = itertools.count(1000)

@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
         "pages_to_scan": args.npages_to_scan,
         "max_pages_to_merge": args.npages_max_merge,
         "sleep_millisecs": args.sleep,
+        "advisor_mode": 0,
     }
     domain.write_settings(settings, args.domain, args.path)
     print("created scanner")

@@ -100,7 +100,7 @@ static void settle_leave(struct victim *v)
 }
 
 static const struct ksm_settings new_settings = {
-	.run = 1, .pages_to_scan = 777, .max_pages_to_merge = 888, .sleep_millisecs = 99};
+	.run = 1, .pages_to_scan = 777, .max_pages_to_merge = 888, .sleep_millisecs = 99, .advisor_max_cpu = 20};
 
 static int run_settings(struct victim *v)
 {

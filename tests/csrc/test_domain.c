@@ -355,6 +355,8 @@ TEST(settings_hold_for_all_and_for_later)
 	CHECK_EQ(peers, 0);
 	settings.run = 0;
 	settings.pages_to_scan = 77;
+	CHECK_EQ(ksm_settings_write(&options, &settings), -EINVAL); /* the advisor chooses it */
+	settings.advisor_mode = 0;
 	CHECK_EQ(ksm_settings_write(&options, &settings), 0);
 	struct ksm_domain *domain = attach("d");
 	struct ksm_arena *arena = arena_of(domain);

@@ -313,7 +313,7 @@ TEST(locks_are_waited_for_but_not_for_ever)
 
 TEST(settings_that_are_torn_or_garbage_are_the_defaults)
 {
-	struct ksm_settings defaults, settings, good = {1, 1000000, 1, 60000};
+	struct ksm_settings defaults, settings, good = {1, 1000000, 1, 60000, 0, 100};
 	struct ksm_settings_record record;
 	uint64_t state = 8;
 	CHECK_EQ(try_open(kit_directory(), "d", true), 0);

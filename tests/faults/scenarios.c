@@ -44,6 +44,7 @@ static void settings(struct world *w)
 	uint32_t peers;
 	ksm_settings_default(&wanted);
 	wanted.pages_to_scan = 1234;
+	wanted.advisor_mode = 0;
 	bool written = !MAY(w, ksm_settings_write(&options, &wanted));
 	/* A file that is not there is what it is when there is no such domain. */
 	bool hidden = !w->strict && w->fault.call == KSM_OS_OPEN && w->fault.error == -ENOENT;
