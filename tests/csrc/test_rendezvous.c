@@ -334,7 +334,8 @@ TEST(settings_that_are_torn_or_garbage_are_the_defaults)
 		CHECK_EQ(memcmp(&settings, &defaults, sizeof(settings)), 0);
 	}
 	for (int i = 0; i < 1000; i++) {
-		uint64_t garbage[4] = {kit_random(&state), kit_random(&state), kit_random(&state), kit_random(&state)};
+		uint64_t garbage[sizeof(record) / 8] = {kit_random(&state), kit_random(&state), kit_random(&state),
+							kit_random(&state)};
 		CHECK_EQ(ksm_os_pwrite(fd, garbage, sizeof(record), offset), 0);
 		CHECK_EQ(ksm_rendezvous_settings(fd, &settings), 0);
 		CHECK_EQ(memcmp(&settings, &defaults, sizeof(settings)), 0);
@@ -342,9 +343,11 @@ TEST(settings_that_are_torn_or_garbage_are_the_defaults)
 	CHECK_SYS(ftruncate(fd, (off_t)offset + 4));
 	CHECK_EQ(ksm_rendezvous_settings(fd, &settings), 0);
 	CHECK_EQ(memcmp(&settings, &defaults, sizeof(settings)), 0);
-	static const struct ksm_settings bad[] = {{2, 1, 1, 0},         {1, 0, 1, 0},       {1, 1000001, 1, 0},
-						  {1, 1, 0, 0},         {1, 1, 1000001, 0}, {1, 1, 1, 60001},
-						  {UINT32_MAX, 1, 1, 0}};
+	static const struct ksm_settings bad[] = {
+		{2, 1, 1, 0, 0, 1},       {1, 0, 1, 0, 0, 1},     {1, 1000001, 1, 0, 0, 1},    {1, 1, 0, 0, 0, 1},
+		{1, 1, 1000001, 0, 0, 1}, {1, 1, 1, 60001, 0, 1}, {UINT32_MAX, 1, 1, 0, 0, 1}, {1, 1, 1, 0, 2, 1},
+		{1, 1, 1, 0, 0, 0},       {1, 1, 1, 0, 1, 101},
+	};
 	for (size_t i = 0; i < KSM_COUNT(bad); i++)
 		CHECK_EQ(ksm_rendezvous_set_settings(fd, &bad[i]), -EINVAL);
 }
