@@ -21,7 +21,8 @@
  * The marks cost the program a fault for each page that it writes after a pass. Pages that it writes all the time would be
  * marked all the time, for nothing. So the pages that had been marked and were written within one pass are counted; what
  * these faults have cost is a debt, which time pays off at a few per cent; and until it is paid a piece with such pages is
- * only looked at (KSM_WATCH_KNOWN): what was written is left without a mark and without a digest.
+ * only looked at (KSM_WATCH_KNOWN): what was written is left without a mark and without a digest. Whether there is a debt is
+ * looked up once a pass, so that all pieces get their turn.
  *
  * DIRTY-1. All of this proposes, as digests do (MERGE-1). A page that is wrongly called clean costs a comparison in a
  *          window, or a merge that is not made; never a byte. Devices write without the kernel's knowledge.
@@ -33,9 +34,11 @@
  * DIRTY-4. A mapping can be registered with one descriptor only; the windows of "move" need their own. So what a window
  *          covers is let go before it opens, and taken back when it is closed.
  * DIRTY-5. Whatever fails, the piece is KSM_WATCH_NONE, and digests decide.
+ * DIRTY-6. What the program has registered with a descriptor of its own is neither marked nor let go: of registered memory
+ *          everything is registered with ours before anything is marked, or, if the kernel says EBUSY, nothing is; and only
+ *          what we have registered is unregistered (before Linux 6.17 any descriptor can do that to any other's).
  *
- * Memory may be registered with a descriptor of the program's own: then the kernel says EBUSY, the update finds those pages
- * unwatched each time, and digests decide there, too. A child of a fork watches nothing that its parent watched: its scanner
+ * A child of a fork watches nothing that its parent watched: its scanner
  * begins anew. A process that dies takes its marks along.
  *
  * Called by the scanner under the merge lock.
@@ -88,12 +91,20 @@ static size_t pieces_of(const struct ksm_region *region)
 	return (ksm_load_acquire(&region->used) + KSM_PIECE_PAGES - 1) / KSM_PIECE_PAGES;
 }
 
+static bool is_ours(const struct ksm_region *region, ksm_pageno page)
+{
+	return region->todo[page / KSM_TODO_PAGES] & KSM_TODO_OURS;
+}
+
 void ksm_dirty_forget(struct ksm_region *region)
 {
 	size_t used = ksm_load_acquire(&region->used);
-	for (ksm_pageno page = 0; page < used; page += 64)
+	for (ksm_pageno page = 0; page < used; page += KSM_TODO_PAGES) {
 		if (region->clean[page / 64])
 			region->clean[page / 64] = 0;
+		if (is_ours(region, page))
+			region->todo[page / KSM_TODO_PAGES] &= (uint8_t)~KSM_TODO_OURS;
+	}
 	for (size_t piece = 0; piece < pieces_of(region); piece++)
 		if (region->pieces[piece].watch != KSM_WATCH_NONE)
 			region->pieces[piece] = (struct ksm_piece){KSM_WATCH_NONE, 0, 0};
@@ -112,12 +123,20 @@ static bool is_tracked(const struct ksm_region *region)
 	return region->tracker && region->tracker->uffd >= 0;
 }
 
+static int watch(struct ksm_region *region, ksm_pageno page, size_t count)
+{
+	int r = ksm_os_uffd_register(region->tracker->uffd, ksm_region_page(region, page), count << KSM_PAGE_SHIFT,
+				     KSM_UFFD_PROTECT);
+	if (!r)
+		ksm_region_note(region, page, count, KSM_TODO_OURS);
+	return r;
+}
+
 /* Errors are the next update's business: it finds them unwatched. */
 void ksm_dirty_watch(struct ksm_region *region, ksm_pageno page, size_t count)
 {
 	if (count && is_tracked(region))
-		ksm_os_uffd_register(region->tracker->uffd, ksm_region_page(region, page), count << KSM_PAGE_SHIFT,
-				     KSM_UFFD_PROTECT);
+		watch(region, page, count);
 }
 
 void ksm_dirty_take_back(struct ksm_region *region, ksm_pageno page, size_t count)
@@ -131,7 +150,8 @@ void ksm_dirty_take_back(struct ksm_region *region, ksm_pageno page, size_t coun
 
 int ksm_dirty_let_go(struct ksm_region *region, ksm_pageno page, size_t count)
 {
-	if (!is_tracked(region) || region->pieces[page / KSM_PIECE_PAGES].watch == KSM_WATCH_NONE)
+	ksm_assert(count && (page + count - 1) / KSM_TODO_PAGES == page / KSM_TODO_PAGES);
+	if (!is_tracked(region) || !is_ours(region, page))
 		return 0;
 	for (size_t i = 0; i < count; i++)
 		ksm_region_set_clean(region, page + i, false);
@@ -141,13 +161,11 @@ int ksm_dirty_let_go(struct ksm_region *region, ksm_pageno page, size_t count)
 
 void ksm_dirty_release(struct ksm_region *region)
 {
-	for (size_t piece = 0; is_tracked(region) && piece < pieces_of(region); piece++) {
-		ksm_pageno first = piece * KSM_PIECE_PAGES;
-		if (region->pieces[piece].watch != KSM_WATCH_NONE)
-			ksm_os_uffd_unregister(region->tracker->uffd, ksm_region_page(region, first),
-					       KSM_MIN(region->room - first, (size_t)KSM_PIECE_PAGES)
-						       << KSM_PAGE_SHIFT);
-	}
+	size_t used = ksm_load_acquire(&region->used);
+	for (ksm_pageno page = 0; is_tracked(region) && page < used; page += KSM_TODO_PAGES)
+		if (is_ours(region, page))
+			ksm_os_uffd_unregister(region->tracker->uffd, ksm_region_page(region, page),
+					       KSM_MIN(region->room - page, (size_t)KSM_TODO_PAGES) << KSM_PAGE_SHIFT);
 	ksm_dirty_forget(region);
 }
 
@@ -208,13 +226,27 @@ static void found_written(struct update *update, ksm_pageno page, size_t count)
 	}
 }
 
-/* Is the program in debt with us for faults that we have caused? */
-static bool in_debt(struct ksm_tracker *tracker)
+void ksm_dirty_begin(struct ksm_tracker *tracker)
 {
 	uint64_t now = ksm_os_now_ns(), paid = (now - tracker->debt_at_ns) / DEBT_SHARE;
 	tracker->debt_at_ns = now;
 	tracker->debt_ns -= KSM_MIN(tracker->debt_ns, paid);
-	return tracker->debt_ns > 0;
+	tracker->solvent = tracker->debt_ns == 0;
+}
+
+/* DIRTY-6: registered memory may be watched by a descriptor of the program's, and what it is told we would take away. */
+static int check_owner(struct update *update)
+{
+	struct ksm_region *region = update->region;
+	ksm_pageno end = update->first + update->count;
+	int r = 0;
+	for (ksm_pageno page = update->first, n; region->registered && page < end && !r; page += n + 1) {
+		for (n = 0; page + n < end && is_watchable(region, page + n) && !is_ours(region, page + n);)
+			n++;
+		if (n)
+			r = watch(region, page, n);
+	}
+	return r;
 }
 
 static int update_piece(struct update *update, bool armed)
@@ -222,6 +254,8 @@ static int update_piece(struct update *update, bool armed)
 	struct ksm_os_query query = WRITTEN;
 	query.protect = armed;
 	int r = ask(update, &UNWATCHED, found_unwatched);
+	if (!r)
+		r = check_owner(update);
 	return r ? r : ask(update, &query, found_written);
 }
 
@@ -239,10 +273,10 @@ void ksm_dirty_update(struct ksm_region *region, ksm_pageno page, bool force)
 		return;
 	}
 	update.count = KSM_MIN(used - update.first, (size_t)KSM_PIECE_PAGES);
-	bool armed = force || !piece->hot || !in_debt(tracker);
+	bool armed = force || !piece->hot || tracker->solvent;
 	int r = update_piece(&update, armed);
 	if (r) { /* DIRTY-5 */
-		ksm_count(tracker->peer->self, KSM_FAILURES, 1);
+		ksm_count(tracker->peer->self, KSM_FAILURES, r != -EBUSY && r != -EINVAL);
 		for (ksm_pageno i = update.first; i < update.first + update.count; i++)
 			ksm_region_set_clean(region, i, false);
 		*piece = (struct ksm_piece){KSM_WATCH_NONE, 0, 0};

@@ -17,6 +17,7 @@ struct ksm_tracker {
 	int uffd;  /* -1: none */
 	int error; /* then: why */
 	uint64_t debt_ns, debt_at_ns;
+	bool solvent; /* there was no debt when the pass began */
 	struct ksm_os_range ranges[KSM_TRACKER_RANGES];
 };
 
@@ -36,6 +37,8 @@ void ksm_tracker_fini(struct ksm_tracker *tracker);
 /* What was known of a region's writes is not any more. Merge lock held, as for all below. */
 void ksm_dirty_forget(struct ksm_region *region);
 
+/* A pass of the background begins. */
+void ksm_dirty_begin(struct ksm_tracker *tracker);
 /* Bring the notes of one piece up to date; `page` is in it. force: whatever it costs the program. */
 void ksm_dirty_update(struct ksm_region *region, ksm_pageno page, bool force);
 

@@ -57,6 +57,7 @@ void ksm_member_init(struct ksm_member *member, const struct ksm_domain_options 
 		member->options.store_fd = -1;
 	ksm_peer_init(&member->peer);
 	ksm_exchange_init(&member->exchange);
+	member->scanner.tracker.uffd = -1; /* until there is a scanner */
 	for (size_t i = 0; i < KSM_SEEDS; i++)
 		member->seeds[i] = member->seeds_here[i] = -1;
 	if (member->options.backing == KSM_BACKING_SHM)

@@ -142,7 +142,8 @@ static bool can_be_had(const struct ksm_merger *m, size_t i)
 static enum ksm_dirty digest_of(struct ksm_merger *m, size_t i, uint64_t *digest, bool *zero)
 {
 	ksm_pageno page = m->first + i;
-	if (ksm_region_is_clean(m->region, page)) {
+	bool exact = m->force && m->again; /* devices write, and nothing tells */
+	if (ksm_region_is_clean(m->region, page) && !exact) {
 		*digest = ksm_region_digest(m->region, page);
 		*zero = *digest == ksm_page_zero_digest();
 		return KSM_DIRTY_UNWRITTEN;
@@ -219,8 +220,9 @@ void ksm_merge_note_rest(struct ksm_merger *m)
 			ksm_region_note(m->region, m->first + i, 1, KSM_TODO_LOOK);
 			break;
 		case KSM_PAGE_CANDIDATE:
-		case KSM_PAGE_REFUSED:
-			ksm_region_note(m->region, m->first + i, 1, KSM_TODO_ASK);
+		case KSM_PAGE_REFUSED: /* if not clean, it could not be read now */
+			ksm_region_note(m->region, m->first + i, 1,
+					ksm_region_is_clean(m->region, m->first + i) ? KSM_TODO_ASK : KSM_TODO_LOOK);
 			break;
 		default:
 			break;

@@ -33,6 +33,8 @@ struct ksm_hold {
 enum ksm_todo {
 	KSM_TODO_LOOK = 1, /* something was written, or is not known yet */
 	KSM_TODO_ASK = 2,  /* the index may say more about its pages than it did, or the kernel let them go */
+	KSM_TODO_OURS =
+		4, /* nothing to do: some of it is registered with the tracker's descriptor, and so with no other */
 };
 
 /* How far the writes to a piece of KSM_PIECE_PAGES pages are known; see dirty.c. */

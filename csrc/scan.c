@@ -209,6 +209,7 @@ bool ksm_scan_batch(struct ksm_scanner *scanner, uint64_t pages, uint64_t merges
 		scanner->cursor_page = 0;
 		scanner->pass = (struct ksm_merge_counts){0};
 		scanner->pass_began_ns = ksm_os_now_ns();
+		ksm_dirty_begin(&scanner->tracker);
 		scanner->pass_changes = ksm_load_seqcst(&scanner->peer->control->changes);
 		scanner->merger.again = scanner->merger.passes % AGAIN_EVERY == AGAIN_EVERY - 1;
 		scanner->ask = scanner->merger.again || scanner->asked_changes != scanner->pass_changes;

@@ -55,12 +55,15 @@ struct ksm_scan_step ksm_scan_step(struct ksm_scanner *scanner, struct ksm_regio
 		return step;
 	size_t most = ksm_merger_stretch(&scanner->merger);
 	uint64_t before = counts->scanned;
-	step.pages = KSM_MIN(used - page, most ? most : KSM_STRETCH);
+	/* never beyond the next that notes are kept of: then every piece is entered at its beginning (STEP-2) */
+	step.pages = KSM_MIN(most ? most : KSM_STRETCH, KSM_TODO_PAGES - page % KSM_TODO_PAGES);
+	step.pages = KSM_MIN(step.pages, used - page);
 	step.looked += step.pages;
 	if (most) {
 		ksm_merge_stretch(&scanner->merger, region, page, step.pages, force, counts);
 	} else { /* MERGE-8 */
 		ksm_merge_see_breaks(&scanner->merger, region, page, step.pages);
+		ksm_region_note(region, page, step.pages, KSM_TODO_LOOK);
 		counts->why_not = KSM_EHEADROOM;
 		ksm_count(scanner->peer->self, KSM_WITHHELD, 1);
 	}

@@ -59,15 +59,12 @@ uint64_t *ksm_table_bucket(const struct ksm_table *table, unsigned level, unsign
 	return ksm_sparse_reach(&table->words_there, bucket) ? NULL : bucket;
 }
 
-/*
- * What others place in a bucket that was empty when we looked is not seen until the next digest is looked up: TABLE-3.
- */
 const struct ksm_table_view *ksm_table_view(struct ksm_table *table, uint64_t digest)
 {
 	struct ksm_table_view *view = &table->view;
 	unsigned levels = ksm_table_levels(table);
-	if (view->digest == digest && view->levels == levels)
-		return view;
+	if (view->digest == digest && view->levels == levels && view->count == levels * KSM_TABLE_CHOICES)
+		return view; /* with nothing left out that somebody may have placed a word in since */
 	view->digest = digest;
 	view->levels = levels;
 	view->count = 0;

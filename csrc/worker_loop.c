@@ -23,6 +23,7 @@
 #define HANDLER_EVERY_NS (50 * MS)
 #define FOLLOW_AGAIN_NS (2000 * MS)
 #define DISTURB_EVERY_NS (1000 * MS)
+#define ADVISED_MS 20      /* what counts as a pause between batches then */
 #define PASS_NS (100 * MS) /* a pass takes at least so long, if the advisor paces it */
 
 static struct ksm_worker *worker_of(struct ksm_member *member)
@@ -157,7 +158,7 @@ static void nap(struct ksm_worker *worker, uint64_t ns)
 {
 	struct pollfd set[KSM_EXCHANGE_POLL + 1];
 	struct ksm_slot *self = worker->member.peer.self;
-	bool resting = ns > 2 * worker->settings.sleep_millisecs * MS;
+	bool resting = ns > 2 * (worker->settings.advisor_mode ? ADVISED_MS : worker->settings.sleep_millisecs) * MS;
 	if (resting) {
 		ksm_store_relaxed(&worker->resting, 1);
 		ksm_store_relaxed(&self->sleeping, 1);
@@ -231,7 +232,8 @@ static void rest_longer(struct ksm_worker *worker, const struct ksm_merge_counts
 	uint64_t changes = ksm_load_seqcst(&worker->member.peer.control->changes);
 	bool idle = pass->merged + pass->dropped + pass->promoted + pass->written + pass->given_back == 0 &&
 		    changes == worker->member.scanner.pass_changes;
-	uint64_t pause = KSM_MAX(worker->settings.sleep_millisecs * MS, MS);
+	uint64_t sleep = worker->settings.advisor_mode ? ADVISED_MS : worker->settings.sleep_millisecs;
+	uint64_t pause = KSM_MAX(sleep * MS, MS);
 	worker->rest_ns = idle ? KSM_MIN(KSM_MAX(worker->rest_ns * 2, pause), LONGEST_REST_NS) : 0;
 	if (idle)
 		rest(worker);

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import mmap
 import os
+import select
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -89,9 +92,21 @@ EACH = 512 * MIB
 merge_four = contest("merge_four", "512 MiB in each of four processes: duplicates merged", "MiB/s", bar=5)
 
 
+def _hear(from_fd: int, times: int, children: list[int]) -> None:
+    """A byte from each child. RuntimeError: one has ended instead."""
+    for _ in range(times):
+        while not select.select([from_fd], [], [], 0.2)[0]:
+            dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if dead is not None:
+                for child in children:
+                    os.kill(child, signal.SIGKILL)
+                raise RuntimeError(f"a child ended with status {dead.si_status}")
+        os.read(from_fd, 1)
+
+
 def together(how_many: int, load: Callable[[int], Any], work: Callable[[Any], None]) -> float:
     """Children load, wait for each other, work. Seconds from then until the last is done."""
-    ready, go, done = os.pipe(), os.pipe(), os.pipe()
+    ready, go, done, end = os.pipe(), os.pipe(), os.pipe(), os.pipe()
     children = []
     for number in range(how_many):
         pid = os.fork()
@@ -103,19 +118,19 @@ def together(how_many: int, load: Callable[[int], Any], work: Callable[[Any], No
                 os.read(go[0], 1)
                 work(loaded)
                 os.write(done[1], b"d")
-                os.read(go[0], 1)
+                os.read(end[0], 1)
                 status = 0
+            except BaseException as error:
+                print(repr(error), file=sys.stderr, flush=True)
             finally:
                 os._exit(status)
         children.append(pid)
-    for _ in children:
-        os.read(ready[0], 1)
+    _hear(ready[0], how_many, children)
     start = time.perf_counter()
     os.write(go[1], b"g" * how_many)
-    for _ in children:
-        os.read(done[0], 1)
+    _hear(done[0], how_many, children)
     seconds = time.perf_counter() - start
-    os.write(go[1], b"g" * how_many)
+    os.write(end[1], b"e" * how_many)
     assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * how_many
     return seconds
 

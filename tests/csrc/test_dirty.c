@@ -289,7 +289,77 @@ TEST(whatever_fails_digests_decide)
 	members_leave(a);
 }
 
-/* The program may have a use for it itself. */
+static size_t written_for(int pagemap, const char *at, size_t pages)
+{
+	struct ksm_os_query query = {.all = KSM_PAGE_WATCHED | KSM_PAGE_WRITTEN, .any = KSM_PAGE_PRESENT};
+	struct ksm_os_range ranges[PAGES];
+	const char *from = at;
+	size_t count = 0;
+	int n = ksm_os_page_ranges(pagemap, &from, at + pages * KSM_PAGE_SIZE, &query, ranges, PAGES);
+	CHECK_GE(n, 0);
+	for (int i = 0; i < n; i++)
+		count += (ranges[i].to - ranges[i].from) / KSM_PAGE_SIZE;
+	return count;
+}
+
+/* The program may have a use for it itself: what it has not asked for yet must still be there when it does. */
+TEST(marks_of_another_descriptor_stay)
+{
+	struct ksm_os_query protect = {
+		.all = KSM_PAGE_WATCHED | KSM_PAGE_WRITTEN, .any = KSM_PAGE_PRESENT, .protect = true};
+	struct ksm_os_range ranges[PAGES];
+	struct ksm_member *a = members_join_with("d", KSM_BARRIER_STOP);
+	if (!is_tracked(a))
+		return;
+	int theirs = ksm_os_uffd_open_watch();
+	char *at = kit_map_filled(PAGES, 1), *watched = kit_page(at, 100);
+	const char *from = watched;
+	CHECK_EQ(ksm_os_uffd_register(theirs, watched, 50 * KSM_PAGE_SIZE, KSM_UFFD_PROTECT), 0);
+	CHECK_GE(ksm_os_page_ranges(a->peer.fds.pagemap, &from, watched + 50 * KSM_PAGE_SIZE, &protect, ranges, PAGES),
+		 0);
+	CHECK_EQ(written_for(a->peer.fds.pagemap, watched, 50), 0);
+	struct ksm_region *region = members_region(a, at, PAGES);
+	region->registered = true;
+	members_merge(a);
+	for (size_t i = 0; i < 10; i++)
+		kit_fill(kit_page(watched, i), 600 + i);
+	members_merge(a);
+	members_pass(a);
+	CHECK_EQ(written_for(a->peer.fds.pagemap, watched, 50), 10);
+	CHECK_EQ(region->pieces[0].watch, KSM_WATCH_NONE);
+	ksm_merge_lock(&a->peer);
+	ksm_dirty_release(region);
+	ksm_merge_unlock(&a->peer);
+	CHECK_EQ(written_for(a->peer.fds.pagemap, watched, 50), 10);
+	CHECK(kit_is_registered(watched, 50));
+	ksm_os_close(theirs);
+	members_leave(a);
+}
+
+/* Where a region has grown in the middle of a stretch, and then goes on for some pieces: each is entered at its beginning. */
+TEST(every_piece_is_brought_up_to_date)
+{
+	const size_t many = 2 * KSM_PIECE_PAGES + 100;
+	struct ksm_member *a = members_join("d");
+	if (!kit_can_merge() || !is_tracked(a))
+		return;
+	char *at = kit_map_filled(many, 1);
+	struct ksm_region *region = members_region(a, at, many);
+	region->used = 10;
+	ksm_merge_lock(&a->peer);
+	struct ksm_merge_counts counts = {0};
+	ksm_pageno page = 0;
+	for (struct ksm_scan_step step; (step = ksm_scan_step(&a->scanner, region, page, true, true, &counts)).pages;) {
+		page += step.pages;
+		region->used = page == 10 ? many : region->used;
+	}
+	ksm_merge_unlock(&a->peer);
+	CHECK_EQ(page, many);
+	for (size_t piece = 0; piece < 3; piece++)
+		CHECK_EQ(region->pieces[piece].watch, KSM_WATCH_ARMED);
+	members_leave(a);
+}
+
 TEST(memory_of_another_descriptor_is_left_to_digests)
 {
 	char *at;

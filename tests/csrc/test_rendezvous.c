@@ -157,6 +157,7 @@ TEST(another_layout_is_refused_while_somebody_lives_there)
 	struct ksm_settings settings;
 	ksm_settings_default(&settings);
 	settings.pages_to_scan = 99;
+	settings.advisor_mode = 0;
 	CHECK_EQ(ksm_settings_write(&options, &settings), 0);
 	const struct {
 		uint64_t magic;

@@ -83,6 +83,23 @@ TEST(the_same_word_is_there_once)
 	CHECK_EQ(times_there(77, 1234), 1);
 }
 
+/* Another process has a table of its own on the same words. */
+TEST(what_others_insert_is_seen_by_the_same_look_up)
+{
+	create();
+	struct ksm_table other = table;
+	CHECK_EQ(ksm_table_view(&table, 77)->count, 0); /* nothing was ever there */
+	ksm_table_insert(&other, 77, 1234, never_stale, NULL);
+	const struct ksm_table_view *view = ksm_table_view(&table, 77);
+	unsigned found = 0;
+	for (unsigned n = 0; n < view->count; n++)
+		for (unsigned i = 0; i < KSM_TABLE_BUCKET; i++)
+			found += view->buckets[n][i] == 1234;
+	CHECK_EQ(found, 1);
+	ksm_table_insert(&table, 77, 1234, never_stale, NULL);
+	CHECK_EQ(times_there(77, 1234), 1);
+}
+
 TEST(stale_words_are_replaced_in_place)
 {
 	unsigned asked = 0;
