@@ -14,7 +14,7 @@ ROUNDS ?= 500
 
 .DEFAULT_GOAL := help
 .PHONY: help build test ctest model asan ubsan tsan valgrind asan-python soak growth crash chaos faults mad fuzz
-.PHONY: hostile surroundings old-kernel stall breaks lint format docs demo clean
+.PHONY: hostile surroundings old-kernel bench stall breaks lint format docs demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,6 +82,9 @@ surroundings: build ## subinterpreters, ends of programs, signals, stopped peers
 
 old-kernel: build ## the tests on Debian's 6.1 kernel, emulated; needs qemu-system-x86 and busybox-static
 	$(BIN)/python tests/kernels/old_kernel.py
+
+bench: build ## contests with kernel KSM and others, side by side, five rounds; CONTESTS="merge_one idle": these
+	$(BIN)/python tests/bench/run.py $(CONTESTS)
 
 stall: $(READY) ## how long a window keeps a thread from its work; nothing else should run
 	mkdir -p build

@@ -44,8 +44,8 @@ class Missing:
     """Something better that ksmalloc could do, were it not for a reason."""
 
     name: str
-    """``"barrier move"``, ``"barrier stop"``, ``"tracking pagemap"``, ``"tracking writes"``, ``"cow sigsegv"``,
-    ``"mappings"``, ``"merging"``."""
+    """``"barrier move"``, ``"barrier stop"``, ``"tracking pagemap"``, ``"tracking writes"``,
+    ``"cow sigsegv"``, ``"mappings"``, ``"merging"``."""
     reason: str
     """Why not, in a sentence."""
     remedy: str

@@ -36,8 +36,9 @@ class Settings(Mapping[str, int]):
     batches, 0 to 60,000 ms. advisor_mode: 1, those three are chosen, so that new data is found at once and no
     process uses more than advisor_max_cpu per cent of one processor for long (1 to 100); 0, they are not.
 
-    Unknown names are KeyError, values out of range ValueError, values that are no ints TypeError. As in kernel
-    KSM pages_to_scan cannot be set while the advisor chooses it: that is a ValueError, too. All six are written together: two processes that write at the same moment may undo each other's change.
+    Unknown names are KeyError, values out of range ValueError, values that are no ints TypeError. As in
+    kernel KSM pages_to_scan cannot be set while the advisor chooses it: that is a ValueError, too. All six
+    are written together: two processes that write at the same moment may undo each other's change.
     """
 
     def __init__(self, rendezvous: _core.Rendezvous) -> None:

@@ -58,8 +58,12 @@ def test_settings_hold_for_later_workers(ctl: Ctl, processes: Processes) -> None
     ctl.said("start", "12", "22", "32")
     peer = live(processes, ctl.path)
     found = {
-        **{"run": 1, "pages_to_scan": 12, "max_pages_to_merge": 22, "sleep_millisecs": 32},
-        **{"advisor_mode": 0, "advisor_max_cpu": 20},
+        "run": 1,
+        "pages_to_scan": 12,
+        "max_pages_to_merge": 22,
+        "sleep_millisecs": 32,
+        "advisor_mode": 0,
+        "advisor_max_cpu": 20,
     }
     assert peer.args == f"{found}\n"
 

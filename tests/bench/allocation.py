@@ -23,9 +23,7 @@ def _each_us(work: Callable[[], object], times: int = TIMES) -> float:
     return (time.perf_counter() - start) / times * 1e6
 
 
-alloc = contest(
-    "alloc", "arena.alloc(65536) and free", "µs", bar=2, less_is_better=True, absolute=True
-)
+alloc = contest("alloc", "arena.alloc(65536) and free", "µs", bar=2, less_is_better=True, absolute=True)
 
 
 @alloc.side

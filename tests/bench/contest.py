@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What is measured against what: contests, and how they are run.
 
-Every side of a contest is a function that measures once and returns a figure. It runs in a process of its own, so that
-nothing is left from the one before; the sides of a contest take turns, and the medians are compared.
+Every side of a contest is a function that measures once and returns a figure. It runs in a process of its
+own, so that nothing is left from the one before. The sides take turns, and the medians are compared.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONTESTS: dict[str, Contest] = {}
 
 @dataclass(frozen=True)
 class Contest:
-    """The first side is ours; the ratio is that of its median to the second's, or its median alone if that is so."""
+    """The first side is ours; the ratio is that of its median to the second's."""
 
     name: str
     what: str

@@ -33,7 +33,7 @@ def _setting(name: str) -> str:
 
 @contextmanager
 def running(settings: dict[str, str]) -> Iterator[None]:
-    """With these settings; afterwards nothing that we made is merged any more, and all settings are as they were."""
+    """With these settings. Afterwards nothing of ours is merged any more, and all is set as it was."""
     if not os.access(ROOT / "run", os.W_OK):
         raise Unavailable(f"{ROOT}/run cannot be written: it needs root, and a kernel with KSM")
     found = {name: _setting(name) for name in SETTINGS if (ROOT / name).exists()}

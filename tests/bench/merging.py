@@ -47,9 +47,7 @@ def arena(scan: bool = False) -> Iterator[ksmalloc.Arena]:
 # ---- long runs, one process -------------------------------------------------------------------------------
 
 ONE = 512 * MIB
-merge_one = contest(
-    "merge_one", "512 MiB twice in one process, long runs: duplicates merged", "MiB/s", bar=5
-)
+merge_one = contest("merge_one", "512 MiB twice in one process, long runs: duplicates merged", "MiB/s", bar=5)
 
 
 @merge_one.side
@@ -182,7 +180,10 @@ def kernel_ksm_of_four() -> float:
 
 SCATTERED = 16 * MIB
 scattered = contest(
-    "scattered", "every other page of 16 MiB a duplicate, in shuffled order: duplicates merged", "MiB/s", bar=1.2
+    "scattered",
+    "every other page of 16 MiB a duplicate, in shuffled order: duplicates merged",
+    "MiB/s",
+    bar=1.2,
 )
 
 

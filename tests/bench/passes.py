@@ -34,12 +34,11 @@ def cpu_ns() -> int:
 @first_pass.side
 def ksmalloc_pass() -> float:
     with arena(scan=True) as ours:
-        (peer,) = ours.domain.peers
         ours.domain.settings["run"] = 0
         data = ours.empty(NEW // 8, np.uint64)
         fill(data, 1)
         passes = ours.domain.stats().full_scans
-        ours.domain.settings["pages_to_scan"] = 1 << 30
+        ours.domain.settings.update({"advisor_mode": 0, "pages_to_scan": 1_000_000})
         before = cpu_ns()
         ours.domain.settings["run"] = 1
         while ours.domain.stats().full_scans < passes + 1:
@@ -104,5 +103,3 @@ def kernel_ksm_idle() -> float:
         before, scans = ksmd.cpu_ns(daemon), ksmd.counter("full_scans")
         ksmd.wait_for("full_scans", scans + 3)
         return (ksmd.cpu_ns(daemon) - before) / 3 / 1e6
-
-

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Runs contests side by side, prints medians and ratios, and notes them.
 
-    python tests/bench/run.py                  all of them, five rounds
-    python tests/bench/run.py merge_one idle   these
-    python tests/bench/run.py --list
+python tests/bench/run.py                  all of them, five rounds
+python tests/bench/run.py merge_one idle   these
+python tests/bench/run.py --list
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="CONTEST", help="which ones; all if none is given")
     parser.add_argument("--rounds", type=int, default=5, help="of which the medians are taken (5)")
     parser.add_argument("--list", action="store_true", help="say what there is")
-    parser.add_argument("--measure", nargs=2, metavar=("CONTEST", "SIDE"), help="one side once, in this process")
+    parser.add_argument(
+        "--measure", nargs=2, metavar=("CONTEST", "SIDE"), help="one side once, in this process"
+    )
     arguments = parser.parse_args()
     if arguments.list:
         for chosen in CONTESTS.values():
