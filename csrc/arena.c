@@ -65,17 +65,16 @@ static void renew_pages(struct ksm_arena *arena, struct ksm_half *half, struct k
 	struct ksm_region *region = &area->region;
 	ksm_pageno page = (size_t)(at - area->base) >> KSM_PAGE_SHIFT;
 	size_t nbytes = pages << KSM_PAGE_SHIFT;
-	bool framed = false;
 	if (!half->mergeable) {
 		if (ksm_os_advise(at, nbytes, MADV_DONTNEED))
 			memset(at, 0, nbytes);
 		return;
 	}
 	ksm_merge_lock(peer);
-	uint64_t mask = ksm_os_mask_sigsafe(UINT64_MAX); /* see arena_access.c, ACCESS-3 */
-	for (size_t i = 0; i < pages && !framed; i++)
-		framed = ksm_region_frame(region, page + i) != KSM_NO_FRAME ||
-			 (region->guard && ksm_guard_get(region->guard, page + i) != KSM_GUARD_OPEN);
+	uint64_t mask = region->guard ? ksm_os_mask_sigsafe(UINT64_MAX) : 0; /* see arena_access.c, ACCESS-3 */
+	bool framed = ksm_region_is_framed(region, page, pages);
+	for (size_t i = 0; i < pages && !framed && region->guard; i++)
+		framed = ksm_guard_get(region->guard, page + i) != KSM_GUARD_OPEN;
 	if (framed && region->guard)
 		ksm_own_pages(region, page, pages);
 	bool fresh =
@@ -89,11 +88,13 @@ static void renew_pages(struct ksm_arena *arena, struct ksm_half *half, struct k
 	} else { /* the mappings stay, and with them the references; their contents may be anything that reads as zero */
 		if (framed && region->guard)
 			ksm_disown_pages(region, page, pages);
-		ksm_os_mask_sigsafe(mask); /* where it is read-only it faults */
+		if (region->guard)
+			ksm_os_mask_sigsafe(mask); /* where it is read-only it faults */
 		memset(at, 0, nbytes);
 		ksm_count(peer->self, KSM_FAILURES, 1);
 	}
-	ksm_os_mask_sigsafe(mask);
+	if (region->guard)
+		ksm_os_mask_sigsafe(mask);
 	ksm_merge_unlock(peer);
 }
 

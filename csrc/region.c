@@ -154,6 +154,19 @@ static bool has_digest(enum ksm_page_state state)
 
 /* ---- states ----------------------------------------------------------------------------------------- */
 
+bool ksm_region_is_framed(const struct ksm_region *region, ksm_pageno page, size_t count)
+{
+	_Static_assert(KSM_PAGE_BROKEN == (KSM_PAGE_MERGED | 1) && KSM_PAGE_STATES <= 8, "the states with a frame");
+	uint64_t mask = (uint64_t)(KSM_PAGE_MERGED | 2) << STATE_SHIFT, mine = (uint64_t)KSM_PAGE_MERGED << STATE_SHIFT;
+	bool any = false;
+	ksm_ensure(page < region->room && count <= region->room - page);
+	if (!region->states[KSM_PAGE_MERGED] && !region->states[KSM_PAGE_BROKEN])
+		return false;
+	for (ksm_pageno i = page; i < page + count; i++)
+		any |= (region->words[i] & mask) == mine;
+	return any;
+}
+
 #define TO(state) (1u << KSM_PAGE_##state)
 static const unsigned edges[KSM_PAGE_STATES] = {
 	[KSM_PAGE_UNKNOWN] = TO(SEEN) | TO(UNKNOWN),
@@ -313,8 +326,18 @@ void ksm_region_unknow(struct ksm_region *region, ksm_pageno page)
 	ksm_region_move(region, page, KSM_PAGE_UNKNOWN, 0);
 }
 
+static bool is_unknown(const struct ksm_region *region, ksm_pageno page, size_t count)
+{
+	uint64_t any = 0;
+	for (ksm_pageno i = page; i < page + count; i++)
+		any |= region->words[i];
+	return !any;
+}
+
 void ksm_region_forget(struct ksm_region *region, ksm_pageno page, size_t count)
 {
+	if (is_unknown(region, page, count))
+		return;
 	size_t before = ksm_region_boundaries(region, page, count);
 	for (ksm_pageno i = page; i < page + count; i++) {
 		ksm_frameno frame = ksm_region_frame(region, i);

@@ -117,6 +117,9 @@ void ksm_region_count_breaks(struct ksm_region *region);
 /* Is the page being prepared for writing by system calls? */
 bool ksm_region_is_held(const struct ksm_region *region, ksm_pageno page);
 
+/* Is any of these pages mapped to a frame? */
+bool ksm_region_is_framed(const struct ksm_region *region, ksm_pageno page, size_t count);
+
 /*
  * How many memory mappings begin inside [page, page + count], seen from what is known: neighbours that are
  * anonymous, or on consecutive frames, share one.

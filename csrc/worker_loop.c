@@ -158,7 +158,8 @@ static void nap(struct ksm_worker *worker, uint64_t ns)
 {
 	struct pollfd set[KSM_EXCHANGE_POLL + 1];
 	struct ksm_slot *self = worker->member.peer.self;
-	bool resting = ns > 2 * (worker->settings.advisor_mode ? ADVISED_MS : worker->settings.sleep_millisecs) * MS;
+	/* not in the pause between two passes: or each of many allocations would end one */
+	bool resting = worker->rest_ns > 0 && ns > 2 * ADVISED_MS * MS;
 	if (resting) {
 		ksm_store_relaxed(&worker->resting, 1);
 		ksm_store_relaxed(&self->sleeping, 1);
