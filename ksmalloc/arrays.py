@@ -43,7 +43,7 @@ def new_array(
 def as_array(block: Block, shape: Sequence[int], dtype: numpy.dtype[Any], order: Order) -> NDArray[Any]:
     """The block seen as an array; frombuffer holds an export of it, which numpy.ndarray alone would not."""
     np = need_numpy()
-    array: NDArray[Any] = np.ndarray(shape, dtype, buffer=np.frombuffer(block, np.uint8), order=order)
+    array: NDArray[Any] = np.ndarray(shape, dtype, np.frombuffer(block, np.uint8), 0, None, order)
     return array
 
 
@@ -57,17 +57,28 @@ def read_only(buffer: Buffer) -> Any:
     return view
 
 
+def _items(shape: Shape) -> Iterable[SupportsIndex]:
+    return shape if isinstance(shape, Iterable) else (shape,)
+
+
 def lengths_of(shape: Shape) -> tuple[int, ...]:
     """A shape as a tuple of lengths in items."""
-    lengths = tuple(map(operator.index, shape if isinstance(shape, Iterable) else (shape,)))
-    if any(length < 0 for length in lengths):
+    lengths = (shape,) if type(shape) is int else tuple(map(operator.index, _items(shape)))
+    if min(lengths, default=0) < 0:
         raise ValueError(f"a shape has no negative lengths: {lengths}")
     return lengths
 
 
+_numpy: Any = None
+
+
 def need_numpy() -> Any:
+    global _numpy
+    if _numpy is not None:
+        return _numpy
     try:
         import numpy
     except ImportError as error:
         raise ImportError("arrays need NumPy: pip install 'ksmalloc[numpy]'", name="numpy") from error
+    _numpy = numpy
     return numpy
