@@ -69,16 +69,12 @@ def lengths_of(shape: Shape) -> tuple[int, ...]:
     return lengths
 
 
-_numpy: Any = None
-
-
 def need_numpy() -> Any:
-    global _numpy
-    if _numpy is not None:
-        return _numpy
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        return numpy
     try:
         import numpy
     except ImportError as error:
         raise ImportError("arrays need NumPy: pip install 'ksmalloc[numpy]'", name="numpy") from error
-    _numpy = numpy
     return numpy
