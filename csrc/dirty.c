@@ -48,6 +48,7 @@
 #include "atomic.h"
 
 #include <errno.h>
+#include <string.h>
 
 #define FAULT_NS 1200u /* what the first store to a marked page costs */
 #define DEBT_SHARE 20  /* of the program's time, one part in so many */
@@ -93,21 +94,19 @@ static size_t pieces_of(const struct ksm_region *region)
 
 static bool is_ours(const struct ksm_region *region, ksm_pageno page)
 {
-	return region->todo[page / KSM_TODO_PAGES] & KSM_TODO_OURS;
+	return *ksm_region_todo(region, page) & KSM_TODO_OURS;
 }
 
 void ksm_dirty_forget(struct ksm_region *region)
 {
-	size_t used = ksm_load_acquire(&region->used);
-	for (ksm_pageno page = 0; page < used; page += KSM_TODO_PAGES) {
-		if (region->clean[page / 64])
-			region->clean[page / 64] = 0;
-		if (is_ours(region, page))
-			region->todo[page / KSM_TODO_PAGES] &= (uint8_t)~KSM_TODO_OURS;
+	for (size_t piece = 0; piece < pieces_of(region); piece++) {
+		struct ksm_piece *at = &region->pieces[piece];
+		memset(at->clean, 0, sizeof(at->clean));
+		for (size_t i = 0; i < KSM_COUNT(at->todo); i++)
+			at->todo[i] &= (uint8_t)~KSM_TODO_OURS;
+		at->watch = KSM_WATCH_NONE;
+		at->since = at->hot = 0;
 	}
-	for (size_t piece = 0; piece < pieces_of(region); piece++)
-		if (region->pieces[piece].watch != KSM_WATCH_NONE)
-			region->pieces[piece] = (struct ksm_piece){KSM_WATCH_NONE, 0, 0};
 }
 
 /* ---- watching ------------------------------------------------------------------------------------------------ */
@@ -279,7 +278,8 @@ void ksm_dirty_update(struct ksm_region *region, ksm_pageno page, bool force)
 		ksm_count(tracker->peer->self, KSM_FAILURES, r != -EBUSY && r != -EINVAL);
 		for (ksm_pageno i = update.first; i < update.first + update.count; i++)
 			ksm_region_set_clean(region, i, false);
-		*piece = (struct ksm_piece){KSM_WATCH_NONE, 0, 0};
+		piece->watch = KSM_WATCH_NONE;
+		piece->since = piece->hot = 0;
 		return;
 	}
 	piece->watch = armed ? KSM_WATCH_ARMED : KSM_WATCH_KNOWN;

@@ -376,7 +376,7 @@ static void clear_notes(struct ksm_merger *m)
 	for (size_t i = 0; i + KSM_TODO_PAGES <= m->count || m->first + m->count >= used; i += KSM_TODO_PAGES) {
 		if (i >= m->count || (m->first + i) % KSM_TODO_PAGES)
 			break;
-		m->region->todo[(m->first + i) / KSM_TODO_PAGES] &= KSM_TODO_OURS;
+		*ksm_region_todo(m->region, m->first + i) &= KSM_TODO_OURS;
 	}
 }
 

@@ -44,23 +44,6 @@
 #define PAYLOAD_MASK ((1ull << STATE_SHIFT) - 1)
 _Static_assert(KSM_DIGEST_BITS <= STATE_SHIFT, "a digest does not fit beside the state");
 
-/* The notes beside the words, in one table. */
-static size_t clean_bytes(size_t pages)
-{
-	return ksm_page_round_up((pages + 63) / 64 * sizeof(uint64_t));
-}
-
-static size_t todo_bytes(size_t pages)
-{
-	return ksm_page_round_up((pages + KSM_TODO_PAGES - 1) / KSM_TODO_PAGES);
-}
-
-static size_t notes_bytes(size_t pages)
-{
-	size_t pieces = (pages + KSM_PIECE_PAGES - 1) / KSM_PIECE_PAGES;
-	return clean_bytes(pages) + todo_bytes(pages) + ksm_page_round_up(pieces * sizeof(struct ksm_piece));
-}
-
 int ksm_region_init(struct ksm_region *region, struct ksm_peer *peer, struct ksm_index *index, void *base, size_t pages,
 		    ksm_frameno home)
 {
@@ -69,14 +52,12 @@ int ksm_region_init(struct ksm_region *region, struct ksm_peer *peer, struct ksm
 	int r = ksm_os_map_table(ksm_page_round_up(pages * sizeof(uint64_t)), &words);
 	if (r)
 		return r;
-	r = ksm_os_map_table(notes_bytes(pages), &notes);
+	r = ksm_os_map_table(ksm_page_round_up(ksm_region_notes_bytes(pages)), &notes);
 	if (r) {
 		ksm_os_unmap(words, ksm_page_round_up(pages * sizeof(uint64_t)));
 		return r;
 	}
-	region->clean = notes;
-	region->todo = (uint8_t *)notes + clean_bytes(pages);
-	region->pieces = (struct ksm_piece *)(region->todo + todo_bytes(pages));
+	region->pieces = notes;
 	region->peer = peer;
 	region->index = index;
 	region->base = base;
@@ -92,15 +73,10 @@ void ksm_region_fini(struct ksm_region *region)
 	ksm_region_unguard(region);
 	if (region->words)
 		ksm_os_unmap(region->words, ksm_page_round_up(region->room * sizeof(uint64_t)));
-	if (region->clean)
-		ksm_os_unmap(region->clean, notes_bytes(region->room));
+	if (region->pieces)
+		ksm_os_unmap(region->pieces, ksm_page_round_up(ksm_region_notes_bytes(region->room)));
 	region->words = NULL;
-	region->clean = NULL;
-}
-
-size_t ksm_region_notes_bytes(const struct ksm_region *region)
-{
-	return notes_bytes(region->room);
+	region->pieces = NULL;
 }
 
 enum ksm_page_state ksm_region_state(const struct ksm_region *region, ksm_pageno page)
@@ -128,23 +104,23 @@ ksm_frameno ksm_region_frame(const struct ksm_region *region, ksm_pageno page)
 
 bool ksm_region_is_clean(const struct ksm_region *region, ksm_pageno page)
 {
-	return region->clean[page / 64] >> (page % 64) & 1;
+	return ksm_region_piece(region, page)->clean[page % KSM_PIECE_PAGES / 64] >> (page % 64) & 1;
 }
 
 void ksm_region_set_clean(struct ksm_region *region, ksm_pageno page, bool clean)
 {
-	uint64_t bit = 1ull << (page % 64);
+	uint64_t bit = 1ull << (page % 64), *bits = &ksm_region_piece(region, page)->clean[page % KSM_PIECE_PAGES / 64];
 	if (clean)
-		region->clean[page / 64] |= bit;
-	else if (region->clean[page / 64] & bit)
-		region->clean[page / 64] &= ~bit;
+		*bits |= bit;
+	else if (*bits & bit) /* memory that holds nothing but zeros is not touched */
+		*bits &= ~bit;
 }
 
 void ksm_region_note(struct ksm_region *region, ksm_pageno page, size_t count, enum ksm_todo why)
 {
-	for (size_t stretch = page / KSM_TODO_PAGES; count && stretch <= (page + count - 1) / KSM_TODO_PAGES; stretch++)
-		if (!(region->todo[stretch] & why))
-			region->todo[stretch] |= (uint8_t)why;
+	ksm_pageno end = page + count;
+	for (ksm_pageno at = page - page % KSM_TODO_PAGES; count && at < end; at += KSM_TODO_PAGES)
+		*ksm_region_todo(region, at) |= (uint8_t)why;
 }
 
 static bool has_digest(enum ksm_page_state state)

@@ -45,8 +45,11 @@ enum ksm_watch {
 	KSM_WATCH_ARMED,    /* and what is written from now on will be */
 };
 
+/* What is noted of a piece beside its pages' words: together, so that little memory is touched. */
 struct ksm_piece {
-	uint8_t watch;  /* enum ksm_watch */
+	uint64_t clean[KSM_PIECE_PAGES / 64]; /* a bit a page: not written since its word's digest was taken */
+	uint8_t todo[KSM_PIECE_PAGES / KSM_TODO_PAGES]; /* a byte a stretch: enum ksm_todo */
+	uint8_t watch;                                  /* enum ksm_watch */
 	uint32_t since; /* pages that were written since they were protected the last time */
 	uint32_t hot;   /* … and before that */
 };
@@ -57,23 +60,21 @@ struct ksm_region {
 	struct ksm_tracker *tracker; /* who knows what is written (dirty.c); NULL: nobody */
 	struct ksm_region *next;     /* in the scanner's list */
 	char *base;
-	size_t room;     /* pages, fixed */
-	size_t used;     /* pages [0, used) may have been handed out; atomic, only grows */
-	uint64_t *words; /* one a page */
-	uint64_t *clean; /* a bit a page: not written since its word's digest was taken, as of the last look */
-	uint8_t *todo;   /* a byte a stretch: enum ksm_todo */
-	struct ksm_piece *pieces;
-	ksm_frameno home;        /* the frame page 0 would like, or KSM_NO_FRAME: see ksm_region_home() */
-	bool background;         /* merged by the scanner when nobody asks */
-	bool excluded;           /* unmerged by name: left alone until scanned by name */
-	bool registered;         /* somebody else's memory */
-	bool sigsegv;            /* merged pages are read-only, our handler copies them */
-	struct ksm_guard *guard; /* NULL: no page of it was ever made read-only */
-	uint64_t breaks_counted; /* of guard->breaks */
-	uint32_t budget_round;   /* in which its breaks were granted mappings */
-	bool frozen;             /* some page was frozen, ever */
-	bool gone;               /* registered, and the program has unmapped some of it: merged no more (survey.c) */
-	uint64_t strayed;        /* references that are kept for mappings that are somewhere else, or nowhere */
+	size_t room;              /* pages, fixed */
+	size_t used;              /* pages [0, used) may have been handed out; atomic, only grows */
+	uint64_t *words;          /* one a page */
+	struct ksm_piece *pieces; /* notes */
+	ksm_frameno home;         /* the frame page 0 would like, or KSM_NO_FRAME: see ksm_region_home() */
+	bool background;          /* merged by the scanner when nobody asks */
+	bool excluded;            /* unmerged by name: left alone until scanned by name */
+	bool registered;          /* somebody else's memory */
+	bool sigsegv;             /* merged pages are read-only, our handler copies them */
+	struct ksm_guard *guard;  /* NULL: no page of it was ever made read-only */
+	uint64_t breaks_counted;  /* of guard->breaks */
+	uint32_t budget_round;    /* in which its breaks were granted mappings */
+	bool frozen;              /* some page was frozen, ever */
+	bool gone;                /* registered, and the program has unmapped some of it: merged no more (survey.c) */
+	uint64_t strayed;         /* references that are kept for mappings that are somewhere else, or nowhere */
 	struct ksm_hold *holds;
 	uint64_t states[KSM_PAGE_STATES]; /* pages in each state, UNKNOWN not counted */
 };
@@ -82,8 +83,23 @@ struct ksm_region {
 int ksm_region_init(struct ksm_region *region, struct ksm_peer *peer, struct ksm_index *index, void *base, size_t pages,
 		    ksm_frameno home);
 void ksm_region_fini(struct ksm_region *region);
-/* The notes beside the words, from region->clean on, are one table of so many bytes. */
-size_t ksm_region_notes_bytes(const struct ksm_region *region);
+
+static inline struct ksm_piece *ksm_region_piece(const struct ksm_region *region, ksm_pageno page)
+{
+	return &region->pieces[page / KSM_PIECE_PAGES];
+}
+
+/* What is to be done about the stretch that a page is in: enum ksm_todo. */
+static inline uint8_t *ksm_region_todo(const struct ksm_region *region, ksm_pageno page)
+{
+	return &ksm_region_piece(region, page)->todo[page % KSM_PIECE_PAGES / KSM_TODO_PAGES];
+}
+
+/* Bytes of the notes on [0, pages). */
+static inline size_t ksm_region_notes_bytes(size_t pages)
+{
+	return (pages + KSM_PIECE_PAGES - 1) / KSM_PIECE_PAGES * sizeof(struct ksm_piece);
+}
 
 static inline char *ksm_region_page(const struct ksm_region *region, ksm_pageno page)
 {

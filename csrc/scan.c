@@ -444,7 +444,7 @@ uint64_t ksm_scan_metadata(struct ksm_scanner *scanner)
 	ksm_merge_lock(peer);
 	for (struct ksm_region *region = scanner->regions; region; region = region->next) {
 		nbytes += occupied(peer, region->words, ksm_page_round_up(used_pages(region) * sizeof(uint64_t)));
-		nbytes += occupied(peer, region->clean, ksm_region_notes_bytes(region));
+		nbytes += occupied(peer, region->pieces, ksm_page_round_up(ksm_region_notes_bytes(used_pages(region))));
 		if (region->guard)
 			nbytes += occupied(peer, region->guard->bytes, ksm_page_round_up(used_pages(region)));
 	}

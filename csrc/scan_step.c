@@ -25,7 +25,7 @@
 static bool is_todo(const struct ksm_region *region, ksm_pageno page, bool ask)
 {
 	return page % KSM_TODO_PAGES || region->pieces[page / KSM_PIECE_PAGES].watch == KSM_WATCH_NONE ||
-	       region->todo[page / KSM_TODO_PAGES] & (ask ? KSM_TODO_LOOK | KSM_TODO_ASK : KSM_TODO_LOOK);
+	       *ksm_region_todo(region, page) & (ask ? KSM_TODO_LOOK | KSM_TODO_ASK : KSM_TODO_LOOK);
 }
 
 /* Pages from here to the next that a pass has to look at, or to the end of the piece. */

@@ -125,7 +125,7 @@ static int look(const struct ksm_region *region, ksm_pageno first, size_t count,
 	leave_out(&view, region->words, region->room * sizeof(uint64_t));
 	if (region->guard)
 		leave_out(&view, region->guard->bytes, region->guard->room);
-	leave_out(&view, region->clean, ksm_region_notes_bytes(region));
+	leave_out(&view, region->pieces, ksm_region_notes_bytes(region->room));
 	return r;
 }
 

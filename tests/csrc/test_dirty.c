@@ -38,7 +38,7 @@ static void check_notes(struct ksm_member *member, struct ksm_region *region)
 		if (clean && ksm_page_digest(ksm_region_page(region, page)) != ksm_region_digest(region, page))
 			FAIL("page %zu is called clean, and is not", page);
 		if (!clean && ksm_region_state(region, page) == KSM_PAGE_CANDIDATE)
-			if (!(region->todo[page / KSM_TODO_PAGES] & KSM_TODO_LOOK))
+			if (!(*ksm_region_todo(region, page) & KSM_TODO_LOOK))
 				FAIL("page %zu is neither clean nor to be looked at", page);
 	}
 	ksm_merge_unlock(&member->peer);
