@@ -149,13 +149,17 @@ void ksm_dirty_take_back(struct ksm_region *region, ksm_pageno page, size_t coun
 
 int ksm_dirty_let_go(struct ksm_region *region, ksm_pageno page, size_t count)
 {
-	ksm_assert(count && (page + count - 1) / KSM_TODO_PAGES == page / KSM_TODO_PAGES);
-	if (!is_tracked(region) || !is_ours(region, page))
-		return 0;
-	for (size_t i = 0; i < count; i++)
-		ksm_region_set_clean(region, page + i, false);
-	ksm_region_note(region, page, count, KSM_TODO_LOOK);
-	return ksm_os_uffd_unregister(region->tracker->uffd, ksm_region_page(region, page), count << KSM_PAGE_SHIFT);
+	int r = 0;
+	for (ksm_pageno end = page + count, next; page < end && !r; page = next) {
+		next = KSM_MIN(end, (page / KSM_TODO_PAGES + 1) * KSM_TODO_PAGES);
+		if (!is_tracked(region) || !is_ours(region, page))
+			continue;
+		for (ksm_pageno i = page; i < next; i++)
+			ksm_region_set_clean(region, i, false);
+		r = ksm_os_uffd_unregister(region->tracker->uffd, ksm_region_page(region, page),
+					   (next - page) << KSM_PAGE_SHIFT);
+	}
+	return r;
 }
 
 void ksm_dirty_release(struct ksm_region *region)

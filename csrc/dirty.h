@@ -49,7 +49,8 @@ void ksm_dirty_digested(struct ksm_region *region, ksm_pageno page);
 /* What the page's digest, just computed, says about it. */
 enum ksm_dirty ksm_dirty_query(const struct ksm_region *region, ksm_pageno page, uint64_t digest);
 
-/* The pages are to be registered with another descriptor for a while. 0 or an error: then they are as they were. */
+/* The pages are to be registered with another descriptor for a while: what was known of their writes is not known any more. 0 or
+ * an error: they are to be taken back, as afterwards. */
 int ksm_dirty_let_go(struct ksm_region *region, ksm_pageno page, size_t count);
 /* That is over, and some may be mapped to frames now. */
 void ksm_dirty_take_back(struct ksm_region *region, ksm_pageno page, size_t count);

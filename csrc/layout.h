@@ -119,8 +119,9 @@ _Static_assert(sizeof(struct ksm_slot) <= KSM_SLOT_SIZE, "a slot outgrew its roo
 
 /* ---- levels of a table: see table.c ------------------------------------------------------------- */
 
-#define KSM_TABLE_LEVELS 20
-#define KSM_TABLE_FIRST_SHIFT 12 /* words in the first level: 4,096; each further one has twice as many */
+#define KSM_TABLE_LEVELS 11
+#define KSM_TABLE_FIRST_SHIFT 12 /* words in the first level: 4,096 */
+#define KSM_TABLE_GROWTH_SHIFT 2 /* each further one has four times as many */
 #define KSM_TABLE_BUCKET 8       /* words in a bucket: one cache line */
 #define KSM_TABLE_CHOICES 2      /* buckets of a level in which a digest may lie */
 
@@ -242,14 +243,16 @@ struct ksm_layout {
 /* Words in levels 0 … levels - 1 of a table. */
 static inline uint64_t ksm_table_words(unsigned levels)
 {
-	return ((1ull << levels) - 1) << KSM_TABLE_FIRST_SHIFT;
+	return ((1ull << KSM_TABLE_GROWTH_SHIFT * levels) - 1) / ((1ull << KSM_TABLE_GROWTH_SHIFT) - 1)
+	       << KSM_TABLE_FIRST_SHIFT;
 }
 
 /* Levels a table may grow to so that its last one alone holds every frame twice. */
 static inline unsigned ksm_table_levels_for(uint64_t frames)
 {
 	unsigned levels = 1;
-	while (levels < KSM_TABLE_LEVELS && (1ull << (KSM_TABLE_FIRST_SHIFT + levels - 1)) < 2 * frames)
+	while (levels < KSM_TABLE_LEVELS &&
+	       (1ull << (KSM_TABLE_FIRST_SHIFT + KSM_TABLE_GROWTH_SHIFT * (levels - 1))) < 2 * frames)
 		levels++;
 	return levels;
 }
@@ -288,6 +291,7 @@ static inline uint32_t ksm_layout_hash(void)
 		KSM_SLOT_SIZE,
 		KSM_CHUNK_SHIFT,
 		KSM_TABLE_FIRST_SHIFT,
+		KSM_TABLE_GROWTH_SHIFT,
 		KSM_TABLE_BUCKET,
 		KSM_TABLE_CHOICES,
 		sizeof(struct ksm_slot),

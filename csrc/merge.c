@@ -119,6 +119,8 @@ static void publish(struct ksm_merger *m, size_t i)
 	ksm_index_insert(m->index, m->peer, m->digests[i], m->targets[i], generation);
 	ksm_candidate_unclaim(m->index, m->peer, m->digests[i], ksm_merger_page(m, i));
 	m->promoted[i] = false; /* from here on a frame like any other */
+	m->at_hand[i] = true;
+	m->kept[i] = m->targets[i];
 	m->counts->promoted++;
 	ksm_count(m->peer->self, KSM_PROMOTIONS, 1);
 }
@@ -141,6 +143,7 @@ static void write_run(struct ksm_merger *m, size_t i, size_t n)
 static void read_run(struct ksm_merger *m, size_t i, size_t n)
 {
 	int r = ksm_frame_read(m->peer, m->targets[i], n, ksm_merger_copy(m, i));
+	memset(m->at_hand + i, false, n);
 	if (r)
 		ksm_count(m->peer->self, KSM_FAILURES, 1);
 	for (size_t j = i; j < i + n; j++) {
@@ -162,18 +165,22 @@ static void check_newcomers(struct ksm_merger *m)
 	ksm_merger_why_not(m, -EAGAIN);
 }
 
+static bool is_at_hand(const struct ksm_merger *m, size_t i)
+{
+	return m->at_hand[i] && m->kept[i] == m->targets[i];
+}
+
 static void fetch(struct ksm_merger *m)
 {
-	bool written[KSM_STRETCH];
 	for (size_t i = 0; i < m->count; i++) {
 		if (m->verdicts[i] != KSM_MERGE_MAP || !m->promoted[i])
 			continue;
+		m->at_hand[i] = false;
 		int r = ksm_survey_read(m->region, m->first + i, ksm_merger_copy(m, i));
 		if (r || ksm_page_digest(ksm_merger_copy(m, i)) != m->digests[i])
 			ksm_merge_let_go(m, i); /* changed meanwhile */
 	}
 	check_newcomers(m);
-	memcpy(written, m->promoted, sizeof(written));
 	for (size_t i = 0, n; i < m->count; i += n ? n : 1) {
 		n = run_at(m, i);
 		if (n && m->promoted[i])
@@ -182,9 +189,9 @@ static void fetch(struct ksm_merger *m)
 	for (size_t i = 0, n; i < m->count; i += n ? n : 1) {
 		n = run_at(m, i);
 		for (size_t j = 0; j < n; j++)
-			if (written[i + j] != written[i])
-				n = j; /* the buffer holds what was just written */
-		if (n && !written[i])
+			if (is_at_hand(m, i + j) != is_at_hand(m, i))
+				n = j;
+		if (n && !is_at_hand(m, i))
 			read_run(m, i, n);
 	}
 }
@@ -327,6 +334,7 @@ static void give_back(struct ksm_merger *m)
 		m->runs_cost += (int64_t)(used - before);
 		return;
 	}
+	memset(m->at_hand, false, sizeof(m->at_hand));
 	int r = ksm_give_back(m->region, m->barrier, m->park, m->first, m->count, m->worn, m->buffer, &given);
 	if (r)
 		ksm_merger_why_not(m, r);
@@ -381,6 +389,13 @@ static void clear_notes(struct ksm_merger *m)
 }
 
 void ksm_merge_stretch(struct ksm_merger *merger, struct ksm_region *region, ksm_pageno first, size_t count, bool force,
+		       struct ksm_merge_counts *counts)
+{
+	memset(merger->at_hand, false, sizeof(merger->at_hand));
+	ksm_merge_at_hand(merger, region, first, count, force, counts);
+}
+
+void ksm_merge_at_hand(struct ksm_merger *merger, struct ksm_region *region, ksm_pageno first, size_t count, bool force,
 		       struct ksm_merge_counts *counts)
 {
 	ksm_ensure(count <= KSM_STRETCH && first < region->room && count <= region->room - first);

@@ -37,6 +37,14 @@ struct ksm_worn_run {
 	bool held;
 };
 
+#define KSM_TWIN_HINTS 2048
+
+/* A page that we have said is a candidate: merge_twin.c. */
+struct ksm_twin_hint {
+	uint64_t digest;
+	const char *page; /* NULL: none */
+};
+
 /* The scanner's work place: one a peer. */
 struct ksm_merger {
 	struct ksm_peer *peer;
@@ -55,6 +63,8 @@ struct ksm_merger {
 	size_t run_count;
 	int64_t runs_cost;                   /* mappings, if all are given back */
 	struct ksm_headroom headroom, tight; /* for whole stretches, and for short ones */
+	struct ksm_twin_hint hints[KSM_TWIN_HINTS];
+	ptrdiff_t twin_distance; /* from a page to its twin, the last time */
 	/* the stretch at hand */
 	struct ksm_region *region;
 	ksm_pageno first;
@@ -65,6 +75,8 @@ struct ksm_merger {
 	uint64_t digests[KSM_STRETCH];
 	ksm_frameno targets[KSM_STRETCH];
 	bool promoted[KSM_STRETCH];
+	bool at_hand[KSM_STRETCH];     /* page i of the buffer holds … */
+	ksm_frameno kept[KSM_STRETCH]; /* … the bytes of this frame */
 	uint8_t verdicts[KSM_STRETCH];
 	bool is_frozen[KSM_STRETCH];                       /* when it was looked at: a store may thaw it at any time */
 	bool worn[KSM_STRETCH];                            /* broken for a while: to be given anonymous memory again */
@@ -143,5 +155,19 @@ void ksm_merge_see_breaks(struct ksm_merger *merger, struct ksm_region *region, 
  */
 void ksm_merge_stretch(struct ksm_merger *merger, struct ksm_region *region, ksm_pageno first, size_t count, bool force,
 		       struct ksm_merge_counts *counts);
+
+/* The same for pages whose frames' bytes may be at hand already: at_hand and kept say which. */
+void ksm_merge_at_hand(struct ksm_merger *merger, struct ksm_region *region, ksm_pageno first, size_t count, bool force,
+		       struct ksm_merge_counts *counts);
+
+/* After a stretch: where pages of our own are for whose sake some of it was promoted: [*first, *first + *count) of one of these
+ * regions. NULL: nowhere. */
+struct ksm_region *ksm_merge_find_twins(struct ksm_merger *merger, struct ksm_region *regions, ksm_pageno *first,
+					size_t *count);
+/* Merge these, under the same hold of the merge lock as the stretch. */
+void ksm_merge_twins(struct ksm_merger *merger, struct ksm_region *region, ksm_pageno first, size_t count, bool force,
+		     struct ksm_merge_counts *counts);
+/* Page i of the stretch has become a candidate: remember where it is, perhaps. */
+void ksm_twin_note(struct ksm_merger *merger, size_t i);
 
 #endif

@@ -113,6 +113,7 @@ static bool find_target(struct ksm_merger *m, size_t i)
 		return false;
 	case KSM_CANDIDATE_NONE:
 		ksm_candidate_add(m->index, m->peer, digest, ksm_merger_page(m, i));
+		ksm_twin_note(m, i);
 		/* fall through */
 	case KSM_CANDIDATE_OURS:
 		ksm_region_move(m->region, m->first + i, KSM_PAGE_CANDIDATE, digest);

@@ -20,6 +20,8 @@
 #include "page.h"
 #include "survey.h"
 
+#include <string.h>
+
 #define BLIND_EVERY 16 /* passes between two comparisons of merged pages with their frames */
 
 static bool is_blind(const struct ksm_merger *m)
@@ -53,6 +55,7 @@ static void became_broken(struct ksm_merger *m, size_t i)
 static void compare_with_frames(struct ksm_merger *m, size_t i, size_t n)
 {
 	char *copy = ksm_merger_copy(m, i);
+	memset(m->at_hand + i, false, n);
 	if (ksm_frame_read(m->peer, ksm_region_frame(m->region, m->first + i), n, copy))
 		return;
 	for (size_t j = 0; j < n; j++) {

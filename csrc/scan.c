@@ -120,9 +120,11 @@ void ksm_scanner_count_breaks(struct ksm_scanner *scanner)
 	ksm_merge_unlock(scanner->peer);
 }
 
-static bool takes_part(const struct ksm_region *region, enum ksm_scan_who who)
+bool ksm_scan_takes_part(const struct ksm_scanner *scanner, const struct ksm_region *region)
 {
-	return !region->excluded && (who == KSM_SCAN_ALL || region->background);
+	if (scanner->only)
+		return region == scanner->only;
+	return !region->excluded && (scanner->who == KSM_SCAN_ALL || region->background);
 }
 
 static size_t used_pages(const struct ksm_region *region)
@@ -148,8 +150,7 @@ static int pause_between(struct ksm_scanner *scanner, const struct ksm_scan_betw
 static bool cursor_settle(struct ksm_scanner *scanner)
 {
 	while (scanner->cursor) {
-		if (takes_part(scanner->cursor, KSM_SCAN_BACKGROUND) &&
-		    scanner->cursor_page < used_pages(scanner->cursor))
+		if (ksm_scan_takes_part(scanner, scanner->cursor) && scanner->cursor_page < used_pages(scanner->cursor))
 			return true;
 		scanner->cursor = scanner->cursor->next;
 		scanner->cursor_page = 0;
@@ -203,6 +204,8 @@ bool ksm_scan_batch(struct ksm_scanner *scanner, uint64_t pages, uint64_t merges
 	uint64_t merged_before = scanner->pass.merged;
 	bool over = false;
 	scanner->looked = 0;
+	scanner->only = NULL;
+	scanner->who = KSM_SCAN_BACKGROUND;
 	ksm_merge_lock(scanner->peer);
 	if (!scanner->cursor) {
 		scanner->cursor = scanner->regions;
@@ -270,11 +273,10 @@ void ksm_scan_try_park(struct ksm_scanner *scanner)
 }
 
 /* The region after which to go on, found again: it may be gone. Merge lock held. */
-static struct ksm_region *region_from(struct ksm_scanner *scanner, const char *base, struct ksm_region *only,
-				      enum ksm_scan_who who)
+static struct ksm_region *region_from(struct ksm_scanner *scanner, const char *base)
 {
 	for (struct ksm_region *region = scanner->regions; region; region = region->next)
-		if (region->base >= base && (only ? region == only : takes_part(region, who)))
+		if (region->base >= base && ksm_scan_takes_part(scanner, region))
 			return region;
 	return NULL;
 }
@@ -289,9 +291,11 @@ int ksm_scan_pass(struct ksm_scanner *scanner, struct ksm_region *only, enum ksm
 	const char *base = NULL;
 	ksm_pageno page = 0;
 	int stop = 0;
+	scanner->only = only;
+	scanner->who = who;
 	ksm_scan_forget_worn(scanner);
 	ksm_merge_lock(scanner->peer);
-	for (struct ksm_region *region; !stop && (region = region_from(scanner, base, only, who));) {
+	for (struct ksm_region *region; !stop && (region = region_from(scanner, base));) {
 		if (region->base != base) {
 			base = region->base;
 			page = 0;

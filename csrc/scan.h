@@ -11,6 +11,12 @@
 #include "restore.h"
 #include "sweep.h"
 
+/* Which regions take part. */
+enum ksm_scan_who {
+	KSM_SCAN_BACKGROUND, /* those that merge by themselves */
+	KSM_SCAN_ALL,        /* all but those that were unmerged by name */
+};
+
 struct ksm_scanner {
 	struct ksm_peer *peer;
 	struct ksm_index *index;
@@ -23,6 +29,8 @@ struct ksm_scanner {
 	/* the background pass */
 	struct ksm_region *cursor; /* merge lock: who removes a region moves it on */
 	ksm_pageno cursor_page;
+	const struct ksm_region *only; /* what is being done is about this region, or NULL: */
+	enum ksm_scan_who who;         /* … about these */
 	uint64_t pass_began_ns;
 	uint64_t looked;              /* what the last batch cost, in pages looked at */
 	uint64_t pass_changes;        /* ksm_control.changes when it began */
@@ -43,12 +51,6 @@ bool ksm_scanner_has_work(struct ksm_scanner *scanner);
 
 /* Count what our handler has broken since, in all regions. */
 void ksm_scanner_count_breaks(struct ksm_scanner *scanner);
-
-/* Which regions take part. */
-enum ksm_scan_who {
-	KSM_SCAN_BACKGROUND, /* those that merge by themselves */
-	KSM_SCAN_ALL,        /* all but those that were unmerged by name */
-};
 
 int ksm_scanner_init(struct ksm_scanner *scanner, struct ksm_peer *peer, struct ksm_index *index,
 		     struct ksm_exchange *exchange);
@@ -80,6 +82,8 @@ bool ksm_scan_batch(struct ksm_scanner *scanner, uint64_t pages, uint64_t merges
 /* One whole pass over `only` (NULL: all of `who`), cold or not. */
 int ksm_scan_pass(struct ksm_scanner *scanner, struct ksm_region *only, enum ksm_scan_who who,
 		  const struct ksm_scan_between *between, struct ksm_merge_counts *counts);
+/* Is this region one of those that what is being done is about? Merge lock held. */
+bool ksm_scan_takes_part(const struct ksm_scanner *scanner, const struct ksm_region *region);
 /* Passes until one of them merges nothing; at least two. */
 int ksm_scan_exhaust(struct ksm_scanner *scanner, struct ksm_region *only, const struct ksm_scan_between *between,
 		     struct ksm_merge_counts *counts, uint64_t *passes);

@@ -11,7 +11,7 @@
  *            └────────┴────────┴────────┴────────┴ … ┴────────┘
  *    steps            ├──over──┼─stretch┼──────over───────────┤
  *
- * STEP-1. The merge lock is held for one step, so it is short: one update, or one stretch.
+ * STEP-1. The merge lock is held for one step, so it is short: one update, or one stretch and what it corresponds to elsewhere.
  * STEP-2. A stretch is passed over only if its notes say so (PAGE-5), and they were brought up to date in this pass.
  *
  * Called by the scanner's thread under the merge lock.
@@ -35,6 +35,17 @@ static size_t idle_at(const struct ksm_region *region, ksm_pageno page, size_t u
 	while (at < end && !is_todo(region, at, ask))
 		at += KSM_TODO_PAGES;
 	return KSM_MIN(at, end) - page;
+}
+
+static size_t merge_twins(struct ksm_scanner *scanner, bool force, struct ksm_merge_counts *counts)
+{
+	ksm_pageno first;
+	size_t count;
+	struct ksm_region *region = ksm_merge_find_twins(&scanner->merger, scanner->regions, &first, &count);
+	if (!region || !ksm_scan_takes_part(scanner, region))
+		return 0;
+	ksm_merge_twins(&scanner->merger, region, first, count, force, counts);
+	return count;
 }
 
 #define UPDATE_PAGES 32 /* looking at so many pages takes as long as an update */
@@ -61,6 +72,7 @@ struct ksm_scan_step ksm_scan_step(struct ksm_scanner *scanner, struct ksm_regio
 	step.looked += step.pages;
 	if (most) {
 		ksm_merge_stretch(&scanner->merger, region, page, step.pages, force, counts);
+		step.looked += merge_twins(scanner, force, counts);
 	} else { /* MERGE-8 */
 		ksm_merge_see_breaks(&scanner->merger, region, page, step.pages);
 		ksm_region_note(region, page, step.pages, KSM_TODO_LOOK);

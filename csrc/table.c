@@ -31,17 +31,23 @@
 
 #include <errno.h>
 
+#define PAGE_BUCKETS (KSM_PAGE_SIZE / sizeof(uint64_t) / KSM_TABLE_BUCKET)
+
 unsigned ksm_table_levels(const struct ksm_table *table)
 {
 	uint32_t levels = ksm_load_acquire(table->levels_now);
 	return levels < 1 ? 1 : KSM_MIN(levels, table->levels_max);
 }
 
-static uint64_t *bucket_at(const struct ksm_table *table, unsigned level, unsigned choice, uint64_t digest)
+/* Both of a level's buckets lie in one page: there is one translation for the processor to look up, not two. */
+static inline uint64_t *bucket_at(const struct ksm_table *table, unsigned level, unsigned choice, uint64_t digest)
 {
-	uint64_t buckets = (1ull << (KSM_TABLE_FIRST_SHIFT + level)) / KSM_TABLE_BUCKET;
-	uint64_t hash = choice ? (digest * 0x9e3779b97f4a7c15ull) >> 24 : digest;
-	return table->words + ksm_table_words(level) + (hash & (buckets - 1)) * KSM_TABLE_BUCKET;
+	uint64_t buckets = 1ull << (KSM_TABLE_FIRST_SHIFT + KSM_TABLE_GROWTH_SHIFT * level);
+	buckets /= KSM_TABLE_BUCKET;
+	uint64_t at = digest & (buckets - 1);
+	if (choice) /* another one of the page's, and any of them */
+		at ^= 1 + (digest >> 32) % (PAGE_BUCKETS - 1);
+	return table->words + ksm_table_words(level) + at * KSM_TABLE_BUCKET;
 }
 
 static uint64_t page_of(const struct ksm_table *table, const uint64_t *bucket)
@@ -49,14 +55,19 @@ static uint64_t page_of(const struct ksm_table *table, const uint64_t *bucket)
 	return (uint64_t)(bucket - table->words) / (KSM_PAGE_SIZE / sizeof(uint64_t));
 }
 
+/* Was a word ever placed in the page of this bucket, and may it be read? */
+static bool is_touched(const struct ksm_table *table, const uint64_t *bucket)
+{
+	uint64_t page = page_of(table, bucket);
+	const uint64_t *touched = &table->touched[page / 64];
+	return !ksm_sparse_reach(&table->touched_there, touched) && ksm_load_acquire(touched) >> (page % 64) & 1 &&
+	       !ksm_sparse_reach(&table->words_there, bucket);
+}
+
 uint64_t *ksm_table_bucket(const struct ksm_table *table, unsigned level, unsigned choice, uint64_t digest)
 {
 	uint64_t *bucket = bucket_at(table, level, choice, digest);
-	uint64_t page = page_of(table, bucket);
-	const uint64_t *touched = &table->touched[page / 64];
-	if (ksm_sparse_reach(&table->touched_there, touched) || !(ksm_load_acquire(touched) >> (page % 64) & 1))
-		return NULL;
-	return ksm_sparse_reach(&table->words_there, bucket) ? NULL : bucket;
+	return is_touched(table, bucket) ? bucket : NULL;
 }
 
 const struct ksm_table_view *ksm_table_view(struct ksm_table *table, uint64_t digest)
@@ -69,11 +80,10 @@ const struct ksm_table_view *ksm_table_view(struct ksm_table *table, uint64_t di
 	view->levels = levels;
 	view->count = 0;
 	for (unsigned level = 0; level < levels; level++) {
-		for (unsigned choice = 0; choice < KSM_TABLE_CHOICES; choice++) {
-			uint64_t *bucket = ksm_table_bucket(table, level, choice, digest);
-			if (bucket)
-				view->buckets[view->count++] = bucket;
-		}
+		if (!is_touched(table, bucket_at(table, level, 0, digest)))
+			continue; /* so are the others, for they are in the same page */
+		for (unsigned choice = 0; choice < KSM_TABLE_CHOICES; choice++)
+			view->buckets[view->count++] = bucket_at(table, level, choice, digest);
 	}
 	return view;
 }
