@@ -247,12 +247,11 @@ static inline uint64_t ksm_table_words(unsigned levels)
 	       << KSM_TABLE_FIRST_SHIFT;
 }
 
-/* Levels a table may grow to so that its last one alone holds every frame twice. */
+/* Levels a table may grow to so that it holds every frame twice. */
 static inline unsigned ksm_table_levels_for(uint64_t frames)
 {
 	unsigned levels = 1;
-	while (levels < KSM_TABLE_LEVELS &&
-	       (1ull << (KSM_TABLE_FIRST_SHIFT + KSM_TABLE_GROWTH_SHIFT * (levels - 1))) < 2 * frames)
+	while (levels < KSM_TABLE_LEVELS && ksm_table_words(levels) < 2 * frames)
 		levels++;
 	return levels;
 }

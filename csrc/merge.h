@@ -37,7 +37,7 @@ struct ksm_worn_run {
 	bool held;
 };
 
-#define KSM_TWIN_HINTS 2048
+#define KSM_TWIN_HINTS 512
 
 /* A page that we have said is a candidate: merge_twin.c. */
 struct ksm_twin_hint {

@@ -42,7 +42,7 @@ static size_t merge_twins(struct ksm_scanner *scanner, bool force, struct ksm_me
 	ksm_pageno first;
 	size_t count;
 	struct ksm_region *region = ksm_merge_find_twins(&scanner->merger, scanner->regions, &first, &count);
-	if (!region || !ksm_scan_takes_part(scanner, region))
+	if (!region || !ksm_scan_takes_part(scanner, region) || ksm_merger_stretch(&scanner->merger) < count)
 		return 0;
 	ksm_merge_twins(&scanner->merger, region, first, count, force, counts);
 	return count;

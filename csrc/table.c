@@ -3,11 +3,11 @@
  * DOC: Tables
  *
  * The index (digest to frame) and the candidates (digest to peer) are both tables of single 64-bit words in
- * the control memfd. A table has levels; level 0 has 4,096 words, each further one twice as many, and a level is used
+ * the control memfd. A table has levels; level 0 has 4,096 words, each further one four times as many, and a level is used
  * only when both of a digest's buckets overflow in all earlier ones, so that untouched levels take no memory. Reading
  * would allocate them too: a bit for each page says whether there ever was a word in it.
  *
- *    digest ──┬─ low bits ────▶ bucket of 8 words (one cache line) ─┐ level 0
+ *    digest ──┬─ low bits ────▶ bucket of 8 words (one cache line) ─┐ level 0, both in one page
  *             ├─ other bits ──▶ bucket of 8 words ──────────────────┘
  *             ├─ …                                                    level 1
  *
@@ -155,7 +155,7 @@ static int insert_level(struct ksm_table *table, unsigned level, uint64_t digest
 	return 0;
 }
 
-/* The last level has half of all words, so earlier ones are seldom asked. */
+/* The last level has most of all words, so earlier ones are seldom asked. */
 int ksm_table_insert(struct ksm_table *table, uint64_t digest, uint64_t word,
 		     bool (*is_stale)(void *context, uint64_t word), void *context)
 {

@@ -68,7 +68,7 @@ TEST(tables_hold_every_frame)
 		CHECK_LE(levels, KSM_TABLE_LEVELS);
 		CHECK(ksm_table_words(levels) >= 2 * frames || levels == KSM_TABLE_LEVELS);
 		CHECK_EQ(ksm_table_words(levels + 1) - ksm_table_words(levels),
-			 1ull << (KSM_TABLE_FIRST_SHIFT + levels));
+			 1ull << (KSM_TABLE_FIRST_SHIFT + KSM_TABLE_GROWTH_SHIFT * levels));
 	}
 	CHECK_EQ(ksm_table_words(0), 0);
 }
