@@ -135,7 +135,7 @@ static int open_store(struct ksm_member *member)
 {
 	if (member->backing == KSM_BACKING_MEMFD)
 		return ksm_os_memfd("ksmalloc store");
-	int fd = member->seeds_here[KSM_SEED_STORE]; /* the caller's object: it came with the table */
+	int fd = member->seeds_here[KSM_SEED_STORE];    /* the caller's object: it came with the table */
 	return fd >= 0 ? ksm_os_duplicate(fd) : -EBADF; /* what fails closes its own, and the next try needs it */
 }
 

@@ -162,7 +162,8 @@ int ksm_os_fault_(enum ksm_os_call call)
 	uint32_t number = ksm_add_relaxed(&kinds[call].calls, 1);
 	uint32_t count = ksm_load_acquire(&kinds[call].count);
 	uint32_t skip = ksm_load_acquire(&kinds[call].skip);
-	int error = count && number >= skip && number - skip < count ? ksm_load_relaxed(&kinds[call].error) : by_chance(call);
+	int error = count && number >= skip && number - skip < count ? ksm_load_relaxed(&kinds[call].error)
+								     : by_chance(call);
 	if (error)
 		ksm_add_relaxed(&kinds[call].hits, 1);
 	return error;

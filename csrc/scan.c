@@ -23,7 +23,6 @@
 #include <string.h>
 #include <sys/stat.h>
 
-#define FETCH_TIMEOUT_MS 50
 #define AGAIN_EVERY 64     /* passes of the background between two tries at pages that were refused */
 #define REST_NS 100000000u /* a copying of process_vm_writev is over, even if it lost its processor in the middle */
 
@@ -134,16 +133,11 @@ static size_t used_pages(const struct ksm_region *region)
 
 /* ---- passes ------------------------------------------------------------------------------------------- */
 
-static int call_between(const struct ksm_scan_between *between)
-{
-	return between && between->call ? between->call(between->context) : 0;
-}
-
 /* After a stretch, without the merge lock: the share of time in which threads are held is bounded. */
 static int pause_between(struct ksm_scanner *scanner, const struct ksm_scan_between *between)
 {
 	ksm_scan_pause(scanner);
-	return call_between(between);
+	return ksm_scan_call(between);
 }
 
 /* Move the cursor to the next stretch to look at. Merge lock held. false: the pass is over. */
@@ -354,7 +348,7 @@ int ksm_scan_exhaust(struct ksm_scanner *scanner, struct ksm_region *only, const
 		if (idle && should_retry(scanner, counts) && retries-- > 0) {
 			uint64_t now = ksm_os_now_ns(), at = scanner->park.retry_at_ns;
 			ksm_os_sleep_ns(at > now ? at - now : 0);
-			if (call_between(between))
+			if (ksm_scan_call(between))
 				return 1;
 			continue;
 		}
@@ -365,46 +359,7 @@ int ksm_scan_exhaust(struct ksm_scanner *scanner, struct ksm_region *only, const
 	}
 }
 
-/* ---- peers and sweeps ----------------------------------------------------------------------------------- */
-
-int ksm_scan_know_peers(struct ksm_scanner *scanner)
-{
-	for (int attempt = 0; attempt < KSM_PEERS_MAX; attempt++) {
-		ksm_merge_lock(scanner->peer);
-		int r = ksm_peer_refresh(scanner->peer);
-		ksm_slotno missing = scanner->peer->missing;
-		ksm_merge_unlock(scanner->peer);
-		if (r != -EAGAIN || missing == KSM_NO_SLOT)
-			return r;
-		r = ksm_exchange_fetch_bitmap(scanner->exchange, scanner->peer, missing, FETCH_TIMEOUT_MS);
-		if (r)
-			return r;
-	}
-	return -EAGAIN;
-}
-
-int64_t ksm_scan_sweep(struct ksm_scanner *scanner, bool all, const struct ksm_scan_between *between)
-{
-	int64_t freed = 0;
-	int error = ksm_scan_know_peers(scanner);
-	if (error)
-		return error;
-	uint64_t chunks = ksm_sweep_chunks(scanner->peer);
-	for (uint64_t chunk = 0; chunk < chunks; chunk++) {
-		if (!ksm_chunk_unmark(scanner->peer, chunk) && !all)
-			continue;
-		ksm_merge_lock(scanner->peer);
-		int r = ksm_sweep_chunk(scanner->peer, chunk);
-		ksm_merge_unlock(scanner->peer);
-		if (r > 0)
-			freed += r;
-		else if (r < 0)
-			error = r;
-		if (call_between(between))
-			break;
-	}
-	return error && !freed ? error : freed;
-}
+/* ---- what was found -------------------------------------------------------------------------------------- */
 
 void ksm_scan_see_breaks(struct ksm_scanner *scanner, struct ksm_region *region, const struct ksm_scan_between *between)
 {
@@ -413,7 +368,7 @@ void ksm_scan_see_breaks(struct ksm_scanner *scanner, struct ksm_region *region,
 		ksm_merge_lock(scanner->peer);
 		ksm_merge_see_breaks(&scanner->merger, region, page, KSM_MIN(used - page, (size_t)KSM_STRETCH));
 		ksm_merge_unlock(scanner->peer);
-		if (call_between(between))
+		if (ksm_scan_call(between))
 			return;
 	}
 }

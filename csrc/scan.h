@@ -75,6 +75,11 @@ struct ksm_scan_between {
 		void *context); /* the same while pages rest: nothing of the scanner's may be used. NULL: not called */
 };
 
+static inline int ksm_scan_call(const struct ksm_scan_between *between)
+{
+	return between && between->call ? between->call(between->context) : 0;
+}
+
 /* Go on with the background pass for up to `pages` pages or `merges` merges. true: the pass is complete, its counts are
  * in scanner->pass and a new one begins next time. */
 bool ksm_scan_batch(struct ksm_scanner *scanner, uint64_t pages, uint64_t merges,

@@ -259,8 +259,7 @@ static int restore_round(struct ksm_scanner *scanner, struct ksm_region *region,
 			page += n;
 		}
 		ksm_scan_pause(scanner);
-		if (between && between->call)
-			between->call(between->context);
+		ksm_scan_call(between);
 	}
 	return r;
 }
