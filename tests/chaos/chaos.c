@@ -222,7 +222,8 @@ int main(int argc, char **argv)
 	chaos->seed = chaos_seed(CHAOS_AUDITOR); /* two seeds that are near each other are to have nothing in common */
 	chaos_plant();
 	struct ksm_domain_options options = {.name = CHAOS_DOMAIN, .path = chaos->rendezvous, .store_fd = -1};
-	struct ksm_settings quick = {.run = 1, .pages_to_scan = 500, .max_pages_to_merge = 500, .sleep_millisecs = 2, .advisor_max_cpu = 20};
+	struct ksm_settings quick = {
+		.run = 1, .pages_to_scan = 500, .max_pages_to_merge = 500, .sleep_millisecs = 2, .advisor_max_cpu = 20};
 	chaos_check(ksm_settings_write(&options, &quick), "settings");
 	int status = chaos_master(seconds, every, patience);
 	print_figures(given, chaos_now() - begin);

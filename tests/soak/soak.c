@@ -167,7 +167,11 @@ static void choose_ways(void)
 static void prepare(void)
 {
 	struct ksm_domain_options domain = {.name = "soak", .path = options.rendezvous, .store_fd = -1};
-	struct ksm_settings quick = {.run = 1, .pages_to_scan = 1000, .max_pages_to_merge = 1000, .sleep_millisecs = 2, .advisor_max_cpu = 20};
+	struct ksm_settings quick = {.run = 1,
+				     .pages_to_scan = 1000,
+				     .max_pages_to_merge = 1000,
+				     .sleep_millisecs = 2,
+				     .advisor_max_cpu = 20};
 	void *shared =
 		mmap(NULL, sizeof(struct soak_totals), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	if (shared == MAP_FAILED)
