@@ -214,7 +214,7 @@ static int run_candidate(struct victim *v)
 /* Alike in all that says where in a table they lie. */
 static uint64_t neighbour(uint64_t i)
 {
-	return 0x0000fedcba98765432ull + (i << 40);
+	return 0x0000fedcba98765432ull + (63 * i << 32); /* see bucket_at() in table.c */
 }
 
 /* Words of living peers fill the places of a digest in the first level of both tables. */

@@ -22,7 +22,8 @@ static bool lossy; /* a word was written over another one that is needed */
 
 static uint64_t digest_of(unsigned number)
 {
-	return (uint64_t)(number % 4) << 56 | (uint64_t)(number / 4) << 40 | 5; /* the same low bits */
+	/* The same low bits, and for every four of them the same other bucket: there are 63 */
+	return (uint64_t)(number % 4) << 56 | (uint64_t)(number / 4 % 4) << 40 | (uint64_t)(number / 16 * 63) << 32 | 5;
 }
 
 static uint64_t word_of(unsigned number, unsigned word)
