@@ -43,8 +43,8 @@ MISTAKES = {
     "table: a word is put where one is needed": (
         "table",
         "table.c",
-        "old == 0 || is_stale",
-        "true || is_stale",
+        "old == 0 || (is_stale",
+        "true || (is_stale",
     ),
     "index: frames that others refer to are handed out": (
         "index",
