@@ -24,7 +24,7 @@ PAGES = 64
 PAGE = 4096
 
 PROGRAM = r"""
-import json, mmap, os, random, signal, subprocess, sys, traceback
+import json, mmap, os, random, signal, subprocess, sys, time, traceback
 import ksmalloc
 
 PAGE, PAGES = 4096, 64
@@ -81,6 +81,10 @@ memory = mmap.mmap(-1, PAGES * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 memory[:] = common
 registered = ksmalloc.register(memory, domain=domain)
 scan(2 * PAGES)
+for _ in range(1000 if merges else 0):  # registered memory merges in the background
+    if domain.stats().pages_merged >= 3 * PAGES:
+        break
+    time.sleep(0.01)
 first = domain.stats()
 found = ksmalloc.capabilities(domain)
 tell(
