@@ -18,6 +18,7 @@
 #include "arena.h"
 
 #include "atomic.h"
+#include "dirty.h"
 #include "error.h"
 #include "freeze.h"
 #include "handler.h"
@@ -83,6 +84,8 @@ static void renew_pages(struct ksm_arena *arena, struct ksm_half *half, struct k
 		ksm_os_advise(at, nbytes, MADV_NOHUGEPAGE);
 	if (fresh) {
 		ksm_region_forget(region, page, pages);
+		if (framed)
+			ksm_dirty_note_fresh(region, page, pages);
 		if (framed && region->guard)
 			ksm_guard_set(region->guard, page, pages, KSM_GUARD_OPEN);
 	} else { /* the mappings stay, and with them the references; their contents may be anything that reads as zero */
@@ -233,6 +236,18 @@ static int alloc_large(struct ksm_arena *arena, struct ksm_half *half, size_t nb
 	return 0;
 }
 
+/* DIRTY-7, before the first touch. If it cannot be had the pages cost a mapping. */
+static void watch_pages(struct ksm_arena *arena, const struct ksm_half *half, const struct ksm_block *block)
+{
+	const struct ksm_slab *slab = block->owner;
+	struct ksm_area *area = block->nbytes <= KSM_SLAB_MOST ? slab->owner : block->owner;
+	size_t offset = (size_t)((char *)block->address - area->base);
+	ksm_pageno page = offset >> KSM_PAGE_SHIFT;
+	size_t pages = ksm_pages_of(offset % KSM_PAGE_SIZE + block->nbytes);
+	if (half->mergeable && ksm_dirty_is_fresh(&area->region, page, pages))
+		ksm_domain_watch_fresh(arena->domain, &area->region);
+}
+
 int ksm_arena_alloc(struct ksm_arena *arena, size_t nbytes, unsigned flags, struct ksm_block *out)
 {
 	struct ksm_half *half = &arena->halves[flags & KSM_ALLOC_UNMERGEABLE ? 1 : 0];
@@ -255,6 +270,7 @@ int ksm_arena_alloc(struct ksm_arena *arena, size_t nbytes, unsigned flags, stru
 	pthread_mutex_unlock(&arena->domain->memory);
 	if (r)
 		return r;
+	watch_pages(arena, half, out);
 	if (small)
 		memset(out->address, 0, nbytes); /* an object may have been used before; pages are fresh */
 	ksm_worker_nudge(&arena->domain->worker);

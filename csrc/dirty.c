@@ -37,6 +37,8 @@
  * DIRTY-6. What the program has registered with a descriptor of its own is neither marked nor let go: of registered memory
  *          everything is registered with ours before anything is marked, or, if the kernel says EBUSY, nothing is; and only
  *          what we have registered is unregistered (before Linux 6.17 any descriptor can do that to any other's).
+ * DIRTY-7. Fresh memory amid watched memory is watched before it is touched: with its first page a mapping becomes one that
+ *          joins its neighbours never more, and each costs one of those that a process may have.
  *
  * A child of a fork watches nothing that its parent watched: its scanner
  * begins anew. A process that dies takes its marks along.
@@ -107,6 +109,8 @@ void ksm_dirty_forget(struct ksm_region *region)
 		at->watch = KSM_WATCH_NONE;
 		at->since = at->hot = 0;
 	}
+	ksm_store_relaxed(&region->fresh_to, 0);
+	ksm_store_relaxed(&region->fresh_from, 0);
 }
 
 /* ---- watching ------------------------------------------------------------------------------------------------ */
@@ -146,6 +150,33 @@ void ksm_dirty_take_back(struct ksm_region *region, ksm_pageno page, size_t coun
 		ksm_dirty_watch(region, page + i, n);
 	}
 }
+
+/* ---- fresh memory --------------------------------------------------------------------------------------------- */
+
+void ksm_dirty_note_fresh(struct ksm_region *region, ksm_pageno page, size_t count)
+{
+	ksm_pageno from = region->fresh_from, to = region->fresh_to;
+	if (!is_tracked(region))
+		return;
+	ksm_store_relaxed(&region->fresh_from, from < to ? KSM_MIN(from, page) : page);
+	ksm_store_relaxed(&region->fresh_to, KSM_MAX(to, page + count));
+}
+
+bool ksm_dirty_is_fresh(const struct ksm_region *region, ksm_pageno page, size_t count)
+{
+	return page < ksm_load_relaxed(&region->fresh_to) && ksm_load_relaxed(&region->fresh_from) < page + count;
+}
+
+void ksm_dirty_watch_fresh(struct ksm_region *region)
+{
+	ksm_pageno from = region->fresh_from, to = region->fresh_to;
+	if (from < to)
+		ksm_dirty_take_back(region, from, to - from);
+	ksm_store_relaxed(&region->fresh_to, 0);
+	ksm_store_relaxed(&region->fresh_from, 0);
+}
+
+/* ---- windows -------------------------------------------------------------------------------------------------- */
 
 int ksm_dirty_let_go(struct ksm_region *region, ksm_pageno page, size_t count)
 {
@@ -275,6 +306,7 @@ void ksm_dirty_update(struct ksm_region *region, ksm_pageno page, bool force)
 			ksm_dirty_forget(region);
 		return;
 	}
+	ksm_dirty_watch_fresh(region);
 	update.count = KSM_MIN(used - update.first, (size_t)KSM_PIECE_PAGES);
 	bool armed = force || !piece->hot || tracker->solvent;
 	int r = update_piece(&update, armed);

@@ -56,6 +56,13 @@ int ksm_dirty_let_go(struct ksm_region *region, ksm_pageno page, size_t count);
 void ksm_dirty_take_back(struct ksm_region *region, ksm_pageno page, size_t count);
 /* There is fresh anonymous memory at these pages. Before it is touched: or its mapping joins its neighbours never more. */
 void ksm_dirty_watch(struct ksm_region *region, ksm_pageno page, size_t count);
+/* There is fresh memory here, but the descriptor is not at hand: the scanner's thread watches it, when it comes by or is asked
+ * to. Any thread. */
+void ksm_dirty_note_fresh(struct ksm_region *region, ksm_pageno page, size_t count);
+/* Some of these pages may be such memory. Any thread; merge lock not needed, if it was noted before these pages were had. */
+bool ksm_dirty_is_fresh(const struct ksm_region *region, ksm_pageno page, size_t count);
+/* Watch all that was noted so. */
+void ksm_dirty_watch_fresh(struct ksm_region *region);
 /* The region goes, and its memory stays: it is nobody's business any more who writes there. */
 void ksm_dirty_release(struct ksm_region *region);
 

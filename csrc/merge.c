@@ -148,8 +148,11 @@ static void read_run(struct ksm_merger *m, size_t i, size_t n)
 		ksm_count(m->peer->self, KSM_FAILURES, 1);
 	for (size_t j = i; j < i + n; j++) {
 		const char *bytes = r ? NULL : ksm_merger_bytes(m, j);
-		if (!bytes || !ksm_page_equal(bytes, ksm_merger_copy(m, j)))
-			ksm_merge_let_go(m, j);
+		if (bytes && ksm_page_equal(bytes, ksm_merger_copy(m, j)))
+			continue;
+		if (bytes)
+			ksm_region_set_clean(m->region, m->first + j, false); /* it is not what its word says */
+		ksm_merge_let_go(m, j);
 	}
 }
 
@@ -177,8 +180,10 @@ static void fetch(struct ksm_merger *m)
 			continue;
 		m->at_hand[i] = false;
 		int r = ksm_survey_read(m->region, m->first + i, ksm_merger_copy(m, i));
-		if (r || ksm_page_digest(ksm_merger_copy(m, i)) != m->digests[i])
-			ksm_merge_let_go(m, i); /* changed meanwhile */
+		if (!r && ksm_page_digest(ksm_merger_copy(m, i)) == m->digests[i])
+			continue;
+		ksm_region_set_clean(m->region, m->first + i, false); /* changed meanwhile */
+		ksm_merge_let_go(m, i);
 	}
 	check_newcomers(m);
 	for (size_t i = 0, n; i < m->count; i += n ? n : 1) {
@@ -408,7 +413,8 @@ void ksm_merge_at_hand(struct ksm_merger *merger, struct ksm_region *region, ksm
 	memset(merger->verdicts, KSM_MERGE_LEAVE, sizeof(merger->verdicts));
 	memset(merger->worn, 0, sizeof(merger->worn));
 	uint64_t skipped = counts->skipped;
-	clear_notes(merger);
+	if (!merger->twins)
+		clear_notes(merger);
 	prepare_handling(merger);
 	if (ksm_merge_look(merger)) {
 		ksm_merge_find(merger);

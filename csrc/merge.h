@@ -70,6 +70,7 @@ struct ksm_merger {
 	ksm_pageno first;
 	size_t count;
 	bool force;
+	bool twins; /* only what is at hand is looked at */
 	struct ksm_merge_counts *counts;
 	uint16_t kinds[KSM_STRETCH];
 	uint64_t digests[KSM_STRETCH];
@@ -119,6 +120,8 @@ uint64_t ksm_merger_spare(const struct ksm_merger *merger);
 /* Its bytes now, for reading: in place or, of registered memory, in a mirror that is good until the next call; NULL if they
  * cannot be read. */
 const char *ksm_merger_bytes(struct ksm_merger *merger, size_t i);
+/* What the kernel says of the stretch's pages now, into kinds. */
+int ksm_merger_see_kinds(struct ksm_merger *merger);
 /* Could page i be merged now? 0, or the code of what is against it. */
 int ksm_merger_ready(const struct ksm_merger *merger, size_t i);
 

@@ -29,7 +29,7 @@ static bool is_blind(const struct ksm_merger *m)
 	return m->peer->fds.pagemap < 0;
 }
 
-static int see_kinds(struct ksm_merger *m)
+int ksm_merger_see_kinds(struct ksm_merger *m)
 {
 	if (!is_blind(m))
 		return ksm_os_pagemap(m->peer->fds.pagemap, ksm_merger_page(m, 0), m->count, m->kinds);
@@ -107,7 +107,7 @@ void ksm_merge_see_breaks(struct ksm_merger *merger, struct ksm_region *region, 
 	merger->first = first;
 	merger->count = count;
 	ksm_region_count_breaks(region);
-	if (see_kinds(merger))
+	if (ksm_merger_see_kinds(merger))
 		return;
 	if (is_blind(merger))
 		look_without_pagemap(merger);
@@ -236,7 +236,7 @@ void ksm_merge_note_rest(struct ksm_merger *m)
 bool ksm_merge_look(struct ksm_merger *m)
 {
 	bool any = false;
-	int r = see_kinds(m);
+	int r = ksm_merger_see_kinds(m);
 	if (r) {
 		ksm_region_note(m->region, m->first, m->count, KSM_TODO_LOOK);
 		ksm_merger_why_not(m, r);
@@ -251,6 +251,8 @@ bool ksm_merge_look(struct ksm_merger *m)
 		return false;
 	}
 	for (size_t i = 0; i < m->count; i++) {
+		if (m->twins && !m->at_hand[i])
+			continue;
 		if (found[i] != KSM_SURVEY_OURS) {
 			ksm_merger_why_not(m, KSM_EMEMORY);
 			m->counts->skipped++;

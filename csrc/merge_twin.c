@@ -57,7 +57,8 @@ static bool is_kept(const struct ksm_merger *m, size_t i)
 static const char *twin_of(struct ksm_merger *m, struct ksm_region *regions, size_t i)
 {
 	const struct ksm_twin_hint *hint = &m->hints[m->digests[i] % KSM_TWIN_HINTS];
-	const char *places[] = {ksm_merger_page(m, i) + m->twin_distance, hint->page};
+	const char *places[] = {(const char *)((uintptr_t)ksm_merger_page(m, i) + (uintptr_t)m->twin_distance),
+				hint->digest == m->digests[i] ? hint->page : NULL};
 	for (size_t n = 0; n < KSM_COUNT(places); n++) {
 		const struct ksm_region *region = places[n] ? region_of(regions, places[n]) : NULL;
 		if (region &&
@@ -100,7 +101,9 @@ void ksm_merge_twins(struct ksm_merger *m, struct ksm_region *region, ksm_pageno
 		if (m->at_hand[i])
 			taken[n++] = m->kept[i];
 	}
+	m->twins = true; /* the others were looked at in this pass, or will be: twice is not two passes */
 	ksm_merge_at_hand(m, region, first, count, force, counts);
+	m->twins = false;
 	while (n)
 		ksm_frame_put(m->peer, taken[--n], 1);
 }

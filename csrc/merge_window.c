@@ -156,6 +156,7 @@ static void refused(struct ksm_merger *m, size_t i, size_t n, int error)
 	for (size_t j = i; j < i + affected; j++) {
 		if (!is_wanted(m, j))
 			continue;
+		m->counts->skipped++;
 		if (m->verdicts[j] == KSM_MERGE_MAP)
 			ksm_merge_let_go(m, j);
 		m->verdicts[j] = KSM_MERGE_LEAVE;
@@ -168,7 +169,6 @@ static void refused(struct ksm_merger *m, size_t i, size_t n, int error)
 			ksm_region_move(m->region, m->first + j, KSM_PAGE_REFUSED, m->digests[j]);
 		}
 	}
-	m->counts->skipped += affected;
 	if (!refuses && !thawed)
 		ksm_merger_why_not(m, error);
 	if (!refuses && !thawed && !all)
@@ -216,16 +216,18 @@ static int open_window(struct ksm_merger *m, struct ksm_barrier *window, size_t 
 
 /*
  * May a window be opened over a page that only lies between two wanted ones? It comes back as it was; the next pass reads it
- * again, for what was known of its writes is lost (DIRTY-4). That costs less than a window more, if gaps are short.
+ * again, for what was known of its writes is lost (DIRTY-4). That costs less than a window more, if gaps are short. Only a
+ * cold page, though, which nobody is writing now: under "move" its writer would wait, and under "segv" a system call that
+ * writes there would fail.
  */
 static bool may_lie_between(const struct ksm_merger *m, const struct ksm_barrier *window, size_t i)
 {
-	enum ksm_page_state state = ksm_region_state(m->region, m->first + i);
 	uint16_t kind = m->kinds[i];
 	if (window->ops->in_place)
 		return true;
-	return (state == KSM_PAGE_UNKNOWN || state == KSM_PAGE_SEEN || state == KSM_PAGE_CANDIDATE) &&
-	       (kind & KSM_PAGE_PRESENT) && !(kind & (KSM_PAGE_FILE | KSM_PAGE_SHARED)) && !m->region->registered &&
+	return window->ops->kind == KSM_BARRIER_MOVE &&
+	       ksm_region_state(m->region, m->first + i) == KSM_PAGE_CANDIDATE && (kind & KSM_PAGE_PRESENT) &&
+	       !(kind & (KSM_PAGE_FILE | KSM_PAGE_SHARED)) && !m->region->registered &&
 	       !ksm_region_is_held(m->region, m->first + i);
 }
 
@@ -242,9 +244,26 @@ static size_t window_at(const struct ksm_merger *m, const struct ksm_barrier *wi
 	return n;
 }
 
+/* What was there when the stretch was looked at may have been swapped out since; from there the kernel does not always move
+ * pages safely (before Linux 6.16). Those that are to be merged go no further, the others lie in no window. */
+static void see_again(struct ksm_merger *m)
+{
+	if (!m->barrier->ops || m->barrier->ops->kind != KSM_BARRIER_MOVE || ksm_merger_see_kinds(m))
+		return;
+	for (size_t i = 0; i < m->count; i++) {
+		if (!is_wanted(m, i) || !(m->kinds[i] & KSM_PAGE_SWAPPED))
+			continue;
+		if (m->verdicts[i] == KSM_MERGE_MAP)
+			ksm_merge_let_go(m, i);
+		m->verdicts[i] = KSM_MERGE_LEAVE;
+		ksm_merger_come_back(m, i);
+	}
+}
+
 void ksm_merge_windows(struct ksm_merger *m)
 {
 	uint8_t fates[KSM_STRETCH];
+	see_again(m);
 	for (size_t i = 0; i < m->count;) {
 		struct ksm_barrier *window = m->is_frozen[i] ? &m->frozen : m->barrier;
 		size_t n = is_wanted(m, i) ? window_at(m, window, i) : 0;

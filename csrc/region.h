@@ -76,6 +76,7 @@ struct ksm_region {
 	bool gone;                /* registered, and the program has unmapped some of it: merged no more (survey.c) */
 	uint64_t strayed;         /* references that are kept for mappings that are somewhere else, or nowhere */
 	struct ksm_hold *holds;
+	ksm_pageno fresh_from, fresh_to;  /* somewhere in here is fresh memory that is not watched; atomic (dirty.c) */
 	uint64_t states[KSM_PAGE_STATES]; /* pages in each state, UNKNOWN not counted */
 };
 

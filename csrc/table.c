@@ -148,25 +148,47 @@ static int insert_level(struct ksm_table *table, unsigned level, uint64_t digest
 	for (unsigned n = 0; n < KSM_TABLE_CHOICES; n++) {
 		uint64_t *bucket = touch_bucket(table, level, (first + n) % KSM_TABLE_CHOICES, digest);
 		if (!bucket)
-			return -ENOMEM; /* a further level would need memory as well */
+			return -ENOMEM; /* so is the other one, for it is in the same page */
 		if (insert_here(bucket, word, room[first] ? NULL : is_stale, context))
 			return 1;
 	}
 	return 0;
 }
 
-/* The last level has most of all words, so earlier ones are seldom asked. */
+/* One level more than the `levels` there are; what a confused peer has written instead does not stand in the way. */
+static void add_level(const struct ksm_table *table, unsigned levels)
+{
+	uint32_t now = ksm_load_acquire(table->levels_now);
+	if (now <= levels)
+		ksm_cas32_seqcst(table->levels_now, now, levels + 1);
+}
+
+/*
+ * The last level has most of all words, so earlier ones are seldom asked. But first of all a place is looked for that takes
+ * no memory: when a level has just been opened, most of its pages would be taken for a word each. 1, 0, or -ENOMEM.
+ */
+static int insert_somewhere(struct ksm_table *table, unsigned levels, uint64_t digest, uint64_t word,
+			    bool (*is_stale)(void *context, uint64_t word), void *context)
+{
+	int r = 0;
+	for (unsigned level = levels; level-- && !r;)
+		if (is_touched(table, bucket_at(table, level, 0, digest)))
+			r = insert_level(table, level, digest, word, is_stale, context);
+	for (unsigned level = levels; level-- && !r;)
+		if (!is_touched(table, bucket_at(table, level, 0, digest)))
+			r = insert_level(table, level, digest, word, is_stale, context);
+	return r;
+}
+
 int ksm_table_insert(struct ksm_table *table, uint64_t digest, uint64_t word,
 		     bool (*is_stale)(void *context, uint64_t word), void *context)
 {
 	unsigned levels = ksm_table_levels(table);
-	int r = 0;
 	if (word && is_there(table, digest, word))
 		return 0;
-	for (unsigned level = levels; level-- && !r;)
-		r = insert_level(table, level, digest, word, is_stale, context);
+	int r = insert_somewhere(table, levels, digest, word, is_stale, context);
 	while (!r && levels < table->levels_max) {
-		ksm_cas32_seqcst(table->levels_now, levels, levels + 1);
+		add_level(table, levels);
 		r = insert_level(table, levels, digest, word, is_stale, context);
 		levels = KSM_MAX(ksm_table_levels(table), levels + 1);
 	}

@@ -3,6 +3,7 @@
 #include "crowd.h"
 #include "members.h"
 
+#include "arena.h"
 #include "dirty.h"
 
 #include <sys/uio.h>
@@ -337,6 +338,56 @@ TEST(marks_of_another_descriptor_stay)
 }
 
 /* Where a region has grown in the middle of a stretch, and then goes on for some pieces: each is entered at its beginning. */
+#define BLOCKS 40
+#define BLOCK (4 * KSM_PAGE_SIZE)
+
+static void fill_blocks(struct ksm_block *blocks, size_t step, uint64_t first)
+{
+	for (size_t i = 0; i < BLOCKS; i += step)
+		for (size_t page = 0; page < BLOCK / KSM_PAGE_SIZE; page++)
+			kit_fill(kit_page(blocks[i].address, page), first + i * 10 + page);
+}
+
+/* DIRTY-7. Every other block was merged, is given back, and is in use again at once: that is one mapping. */
+TEST(memory_that_comes_back_joins_its_neighbours)
+{
+	struct ksm_domain_options options = kit_options("d");
+	struct ksm_domain *domain;
+	struct ksm_arena *arena;
+	struct ksm_report report;
+	struct ksm_block blocks[BLOCKS], twins[BLOCKS];
+	if (!kit_can_merge())
+		return;
+	CHECK_EQ(ksm_domain_attach(&options, &domain), 0);
+	CHECK_EQ(ksm_arena_create(domain, KSM_ARENA_NO_SCAN, &arena), 0);
+	for (size_t i = 0; i < BLOCKS; i++)
+		CHECK_EQ(ksm_arena_alloc(arena, BLOCK, 0, &blocks[i]), 0);
+	for (size_t i = 0; i < BLOCKS; i += 2)
+		CHECK_EQ(ksm_arena_alloc(arena, BLOCK, 0, &twins[i]), 0);
+	char *at = blocks[0].address;
+	fill_blocks(blocks, 1, 100000);
+	fill_blocks(blocks, 2, 1);
+	fill_blocks(twins, 2, 1);
+	CHECK_EQ(ksm_arena_scan(arena, &report), 0);
+	CHECK_EQ(report.pages_merged, BLOCKS * BLOCK / KSM_PAGE_SIZE);
+	CHECK_GE(kit_smaps(at, BLOCKS * BLOCK, NULL, NULL), BLOCKS - 1);
+	for (size_t i = 0; i < BLOCKS; i += 2) {
+		CHECK_EQ(ksm_arena_free(arena, &blocks[i]), 0);
+		CHECK_EQ(ksm_arena_alloc(arena, BLOCK, 0, &blocks[i]), 0);
+		CHECK(ksm_page_is_zero(blocks[i].address));
+	}
+	fill_blocks(blocks, 2, 200000);
+	CHECK_LE(kit_smaps(at, BLOCKS * BLOCK, NULL, NULL), 2);
+	CHECK_EQ(ksm_arena_scan(arena, &report), 0);
+	CHECK_LE(kit_smaps(at, BLOCKS * BLOCK, NULL, NULL), 2);
+	for (size_t i = 0; i < BLOCKS; i++)
+		CHECK_EQ(ksm_arena_free(arena, &blocks[i]), 0);
+	for (size_t i = 0; i < BLOCKS; i += 2)
+		CHECK_EQ(ksm_arena_free(arena, &twins[i]), 0);
+	ksm_arena_release(arena);
+	ksm_domain_detach(domain);
+}
+
 TEST(every_piece_is_brought_up_to_date)
 {
 	const size_t many = 2 * KSM_PIECE_PAGES + 100;

@@ -295,6 +295,64 @@ static void check_nothing_is_new(struct ksm_member *member)
 	CHECK_EQ(member->peer.control->changes, changes);
 }
 
+/* Every other page is read into all the time, and is like no other: the kernel can write there while its neighbours merge. */
+struct reading {
+	char *at;
+	int file;
+	uint32_t stop;
+	uint64_t calls, failed;
+};
+
+static void *read_into(void *argument)
+{
+	struct reading *r = argument;
+	while (!ksm_load_relaxed(&r->stop))
+		for (size_t i = 1; i < PAGES; i += 2) {
+			r->failed += pread(r->file, kit_page(r->at, i) + 8, KSM_PAGE_SIZE - 8, 0) < 0;
+			ksm_add_relaxed(&r->calls, 1);
+		}
+	return NULL;
+}
+
+static void reading_between(enum ksm_barrier_kind kind)
+{
+	struct ksm_member *a = members_join_with("d", kind);
+	struct reading r = {.at = kit_map(PAGES), .file = ksm_os_memfd("source")};
+	char *twin = kit_map(PAGES);
+	pthread_t thread;
+	CHECK_EQ(ksm_os_truncate(r.file, KSM_PAGE_SIZE), 0);
+	members_region(a, r.at, PAGES);
+	members_region(a, twin, PAGES);
+	for (size_t i = 1; i < PAGES; i += 2)
+		*(uint64_t *)kit_page(r.at, i) = i; /* and zeros behind */
+	CHECK_EQ(pthread_create(&thread, NULL, read_into, &r), 0);
+	uint64_t merged = 0;
+	for (uint64_t round = 0; round < 50; round++) {
+		for (size_t i = 0; i < PAGES; i += 2) {
+			kit_fill(kit_page(r.at, i), 1000 * round + i + 1);
+			kit_fill(kit_page(twin, i), 1000 * round + i + 1);
+		}
+		merged += members_merge(a);
+		for (size_t i = 0; i < PAGES; i += 2)
+			CHECK(kit_is(kit_page(r.at, i), 1000 * round + i + 1));
+	}
+	KIT_WAIT(20, ksm_load_relaxed(&r.calls) > 10 * PAGES);
+	ksm_store_relaxed(&r.stop, 1);
+	pthread_join(thread, NULL);
+	for (size_t i = 1; i < PAGES; i += 2)
+		CHECK_EQ(*(uint64_t *)kit_page(r.at, i), i);
+	CHECK_GT(merged, 10 * PAGES);
+	printf("%llu calls, %llu failed, %llu merged\n", (unsigned long long)r.calls, (unsigned long long)r.failed,
+	       (unsigned long long)merged);
+	CHECK_EQ(r.failed, 0);
+	members_leave(a);
+}
+
+TEST_LIMIT(what_is_read_between_merges_is_read, 60)
+{
+	members_on_each_barrier(reading_between);
+}
+
 TEST(who_is_not_dumpable_takes_but_does_not_give)
 {
 	if (!kit_can_merge())

@@ -158,6 +158,38 @@ TEST(both_may_change_under_way)
 	members_on_each_barrier(changing);
 }
 
+/* What lies beside a twin and was written in this pass is not looked at twice in it, as if that were two passes. */
+static void young(enum ksm_barrier_kind kind)
+{
+	struct field f = field_of(kind, 0);
+	struct ksm_merger *merger = &f.member->scanner.merger;
+	struct ksm_merge_counts counts = {0};
+	ksm_pageno first, page = OWN + 7;
+	size_t count;
+	CHECK_EQ(ksm_scan_pass(&f.member->scanner, f.first, KSM_SCAN_ALL, NULL, &counts), 0);
+	kit_fill(kit_page(f.one, 7), 9007);
+	ksm_merge_lock(&f.member->peer);
+	ksm_dirty_update(f.first, 0, true);
+	ksm_merge_stretch(merger, f.first, 0, KSM_STRETCH, false, &counts);
+	CHECK_EQ(ksm_region_state(f.first, page), KSM_PAGE_SEEN);
+	ksm_merge_stretch(merger, f.second, 0, KSM_STRETCH, true, &counts);
+	CHECK(ksm_merge_find_twins(merger, f.member->scanner.regions, &first, &count) == f.first);
+	uint64_t scanned = counts.scanned;
+	ksm_merge_twins(merger, f.first, first, count, false, &counts);
+	ksm_merge_unlock(&f.member->peer);
+	CHECK_EQ(merged_in(f.first), KSM_STRETCH - 1);
+	CHECK_EQ(ksm_region_state(f.first, page), KSM_PAGE_SEEN);
+	CHECK_EQ(counts.scanned, scanned + KSM_STRETCH - 1);
+	members_merge(f.member);
+	CHECK(kit_is(kit_page(f.one, 7), 9007));
+	members_leave(f.member);
+}
+
+TEST(what_is_young_beside_a_twin_stays_young)
+{
+	members_on_each_barrier(young);
+}
+
 /* What the background leaves alone is nobody's twin, and neither is what was unmerged by name. */
 TEST(who_takes_no_part_is_left_alone)
 {

@@ -590,6 +590,21 @@ TEST(the_program_runs_most_of_the_time)
 	ksm_park_destroy(&park);
 }
 
+/* Two stops in a row owe the rest of both. */
+TEST(what_is_owed_adds_up)
+{
+	struct ksm_park park = parking_lot();
+	parking_start(parking_nap, -1, -1, NULL);
+	for (int i = 0; i < 2; i++) {
+		parking_stop(&park);
+		kit_sleep_ms(i ? 1 : 50);
+		ksm_park_end(&park);
+	}
+	CHECK_GT(ksm_park_rest_ns(&park), 4 * 40 * 1000000ull);
+	parking_end();
+	ksm_park_destroy(&park);
+}
+
 TEST(calls_that_fail)
 {
 	static const enum ksm_os_call calls[] = {KSM_OS_LIST,  KSM_OS_THREAD_SIGNAL, KSM_OS_WORD_WAIT, KSM_OS_READ_LINK,

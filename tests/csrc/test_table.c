@@ -149,6 +149,32 @@ TEST(a_scribbled_level_count_is_cut)
 	CHECK_LE(ksm_table_levels(&table), LEVELS);
 }
 
+/* And what does not fit into the first level is found in the next one. */
+TEST(a_level_count_of_zero_heals)
+{
+	create();
+	levels_now = 0;
+	for (uint64_t i = 0; i <= KSM_TABLE_CHOICES * KSM_TABLE_BUCKET; i++) {
+		ksm_table_insert(&table, 77, 1000 + i, never_stale, NULL);
+		CHECK_EQ(times_there(77, 1000 + i), 1);
+	}
+	CHECK_EQ(levels_now, 2);
+}
+
+/* When a level is new, its pages are not taken for words that have a place where memory is. */
+TEST(memory_that_is_there_is_used_first)
+{
+	const uint64_t same_page = 78 + 512 * 3;
+	create();
+	for (uint64_t i = 0; i <= KSM_TABLE_CHOICES * KSM_TABLE_BUCKET; i++)
+		ksm_table_insert(&table, 77, 1000 + i, never_stale, NULL);
+	CHECK_EQ(levels_now, 2);
+	ksm_table_insert(&table, same_page, 5000, never_stale, NULL);
+	CHECK(ksm_table_bucket(&table, 0, 0, same_page) != NULL);
+	CHECK(ksm_table_bucket(&table, 1, 0, same_page) == NULL);
+	CHECK_EQ(times_there(same_page, 5000), 1);
+}
+
 static void *insert_many(void *argument)
 {
 	uint64_t state = (uintptr_t)argument;
