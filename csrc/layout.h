@@ -119,9 +119,9 @@ _Static_assert(sizeof(struct ksm_slot) <= KSM_SLOT_SIZE, "a slot outgrew its roo
 
 /* ---- levels of a table: see table.c ------------------------------------------------------------- */
 
-#define KSM_TABLE_LEVELS 11
+#define KSM_TABLE_LEVELS 12
 #define KSM_TABLE_FIRST_SHIFT 12 /* words in the first level: 4,096 */
-#define KSM_TABLE_GROWTH_SHIFT 2 /* each further one has four times as many */
+#define KSM_TABLE_DOUBLINGS 2    /* so many further ones have twice as many as the one before, the others four times */
 #define KSM_TABLE_BUCKET 8       /* words in a bucket: one cache line */
 #define KSM_TABLE_CHOICES 2      /* buckets of a level in which a digest may lie */
 
@@ -240,11 +240,20 @@ struct ksm_layout {
 	uint64_t total;
 };
 
+/* A level has 1 << so many words. */
+static inline unsigned ksm_table_level_shift(unsigned level)
+{
+	return KSM_TABLE_FIRST_SHIFT + level + (level > KSM_TABLE_DOUBLINGS ? level - KSM_TABLE_DOUBLINGS : 0);
+}
+
 /* Words in levels 0 … levels - 1 of a table. */
 static inline uint64_t ksm_table_words(unsigned levels)
 {
-	return ((1ull << KSM_TABLE_GROWTH_SHIFT * levels) - 1) / ((1ull << KSM_TABLE_GROWTH_SHIFT) - 1)
-	       << KSM_TABLE_FIRST_SHIFT;
+	const unsigned doubled = KSM_TABLE_DOUBLINGS + 1;
+	uint64_t words = (1ull << (levels < doubled ? levels : doubled)) - 1;
+	if (levels > doubled) /* 1 + 4 + 16 + … */
+		words += ((1ull << 2 * (levels - doubled)) - 1) / 3 << (KSM_TABLE_DOUBLINGS + 2);
+	return words << KSM_TABLE_FIRST_SHIFT;
 }
 
 /* Levels a table may grow to so that it holds every frame twice. */
@@ -290,7 +299,7 @@ static inline uint32_t ksm_layout_hash(void)
 		KSM_SLOT_SIZE,
 		KSM_CHUNK_SHIFT,
 		KSM_TABLE_FIRST_SHIFT,
-		KSM_TABLE_GROWTH_SHIFT,
+		KSM_TABLE_DOUBLINGS,
 		KSM_TABLE_BUCKET,
 		KSM_TABLE_CHOICES,
 		sizeof(struct ksm_slot),

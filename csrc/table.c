@@ -3,9 +3,10 @@
  * DOC: Tables
  *
  * The index (digest to frame) and the candidates (digest to peer) are both tables of single 64-bit words in
- * the control memfd. A table has levels; level 0 has 4,096 words, each further one four times as many, and a level is used
- * only when both of a digest's buckets overflow in all earlier ones, so that untouched levels take no memory. Reading
- * would allocate them too: a bit for each page says whether there ever was a word in it.
+ * the control memfd. A table has levels; level 0 has 4,096 words, the next two twice as many as the one before, further ones
+ * four times: few levels to look through, and little memory for little data. A level is used only when both of a digest's
+ * buckets overflow in all earlier ones, so untouched levels take no memory. Reading would allocate them too: a bit for each
+ * page says whether there ever was a word in it.
  *
  *    digest ──┬─ low bits ────▶ bucket of 8 words (one cache line) ─┐ level 0, both in one page
  *             ├─ other bits ──▶ bucket of 8 words ──────────────────┘
@@ -42,7 +43,7 @@ unsigned ksm_table_levels(const struct ksm_table *table)
 /* Both of a level's buckets lie in one page: there is one translation for the processor to look up, not two. */
 static inline uint64_t *bucket_at(const struct ksm_table *table, unsigned level, unsigned choice, uint64_t digest)
 {
-	uint64_t buckets = 1ull << (KSM_TABLE_FIRST_SHIFT + KSM_TABLE_GROWTH_SHIFT * level);
+	uint64_t buckets = 1ull << ksm_table_level_shift(level);
 	buckets /= KSM_TABLE_BUCKET;
 	uint64_t at = digest & (buckets - 1);
 	if (choice) /* another one of the page's, and any of them */

@@ -67,10 +67,12 @@ TEST(tables_hold_every_frame)
 		CHECK_GE(levels, 1);
 		CHECK_LE(levels, KSM_TABLE_LEVELS);
 		CHECK(ksm_table_words(levels) >= 2 * frames || levels == KSM_TABLE_LEVELS);
-		CHECK_EQ(ksm_table_words(levels + 1) - ksm_table_words(levels),
-			 1ull << (KSM_TABLE_FIRST_SHIFT + KSM_TABLE_GROWTH_SHIFT * levels));
 	}
 	CHECK_EQ(ksm_table_words(0), 0);
+	for (unsigned level = 0; level < KSM_TABLE_LEVELS; level++) {
+		CHECK_EQ(ksm_table_words(level + 1) - ksm_table_words(level), 1ull << ksm_table_level_shift(level));
+		CHECK_GE(ksm_table_level_shift(level), level ? ksm_table_level_shift(level - 1) + 1 : 12);
+	}
 }
 
 TEST(the_locks_lie_beyond_the_file)
