@@ -264,8 +264,7 @@ static void let_go(struct ksm_park *park)
 {
 	ksm_gate_open();
 	uint64_t now = ksm_os_now_ns();
-	park->rest_until_ns =
-		KSM_MAX(park->rest_until_ns, now) + SHARE * (now - park->begun_ns); /* with what is still owed */
+	park->rest_until_ns = KSM_MAX(park->rest_until_ns, now) + SHARE * (now - park->begun_ns); /* PARK-5 */
 }
 
 /* In words what kept the culprit, now that everybody runs again. Returns the code. */
