@@ -236,16 +236,43 @@ static int alloc_large(struct ksm_arena *arena, struct ksm_half *half, size_t nb
 	return 0;
 }
 
-/* DIRTY-7, before the first touch. If it cannot be had the pages cost a mapping. */
-static void watch_pages(struct ksm_arena *arena, const struct ksm_half *half, const struct ksm_block *block)
+#define WATCH_PATIENCE_NS 1000000u
+
+struct fresh_pages {
+	struct ksm_region *region;
+	ksm_pageno page;
+	size_t count;
+};
+
+static int watch_fresh(struct ksm_member *member, void *context)
+{
+	const struct fresh_pages *fresh = context;
+	ksm_scan_lock(&member->scanner);
+	ksm_dirty_watch_fresh(fresh->region, fresh->page, fresh->count);
+	ksm_merge_unlock(&member->peer);
+	return 0;
+}
+
+/* DIRTY-7, before the first touch. A scanner that has other things to do is not waited for: then they cost a mapping. */
+static void watch_pages(struct ksm_arena *arena, const struct ksm_block *block)
 {
 	const struct ksm_slab *slab = block->owner;
 	struct ksm_area *area = block->nbytes <= KSM_SLAB_MOST ? slab->owner : block->owner;
 	size_t offset = (size_t)((char *)block->address - area->base);
-	ksm_pageno page = offset >> KSM_PAGE_SHIFT;
-	size_t pages = ksm_pages_of(offset % KSM_PAGE_SIZE + block->nbytes);
-	if (half->mergeable && ksm_dirty_is_fresh(&area->region, page, pages))
-		ksm_domain_watch_fresh(arena->domain, &area->region);
+	struct fresh_pages fresh = {.region = &area->region,
+				    .page = offset >> KSM_PAGE_SHIFT,
+				    .count = ksm_pages_of(offset % KSM_PAGE_SIZE + block->nbytes)};
+	struct ksm_peer *peer = ksm_domain_peer(arena->domain);
+	if (!ksm_load_relaxed(&fresh.region->fresh))
+		return;
+	ksm_merge_lock(peer);
+	bool any = ksm_dirty_is_fresh(fresh.region, fresh.page, fresh.count);
+	ksm_merge_unlock(peer);
+	if (!any || !ksm_worker_call_soon(&arena->domain->worker, watch_fresh, &fresh, WATCH_PATIENCE_NS))
+		return;
+	ksm_merge_lock(peer);
+	ksm_dirty_forget_fresh(fresh.region, fresh.page, fresh.count);
+	ksm_merge_unlock(peer);
 }
 
 int ksm_arena_alloc(struct ksm_arena *arena, size_t nbytes, unsigned flags, struct ksm_block *out)
@@ -270,7 +297,7 @@ int ksm_arena_alloc(struct ksm_arena *arena, size_t nbytes, unsigned flags, stru
 	pthread_mutex_unlock(&arena->domain->memory);
 	if (r)
 		return r;
-	watch_pages(arena, half, out);
+	watch_pages(arena, out);
 	if (small)
 		memset(out->address, 0, nbytes); /* an object may have been used before; pages are fresh */
 	ksm_worker_nudge(&arena->domain->worker);

@@ -40,6 +40,10 @@
  * DIRTY-7. Fresh memory amid watched memory is watched before it is touched: with its first page a mapping becomes one that
  *          joins its neighbours never more, and each costs one of those that a process may have.
  *
+ * DIRTY-8. Not before Linux 6.9. PAGEMAP_SCAN could lose a dirty bit that a processor set just then, and with it a write
+ *          (CVE-2024-36943, mended in 6.8.10 and 6.9); closing a descriptor left marks behind, and a page with one counted
+ *          as unwritten for ever (CVE-2024-36881, the same). What else is called 6.8 may or may not have the repairs.
+ *
  * A child of a fork watches nothing that its parent watched: its scanner
  * begins anew. A process that dies takes its marks along.
  *
@@ -53,7 +57,9 @@
 #include <string.h>
 
 #define FAULT_NS 1200u /* what the first store to a marked page costs */
-#define DEBT_SHARE 20  /* of the program's time, one part in so many */
+#define DEBT_MOST_NS                                                                                                   \
+	100000000u    /* passes that somebody asks for are not to keep the background from new data for minutes */
+#define DEBT_SHARE 20 /* of the program's time, one part in so many */
 
 static const struct ksm_os_query UNWATCHED = {
 	.none = KSM_PAGE_WATCHED | KSM_PAGE_FILE,
@@ -72,9 +78,13 @@ int ksm_tracker_init(struct ksm_tracker *tracker, struct ksm_peer *peer)
 {
 	struct ksm_os_range range;
 	const char *at = (const char *)&range - ((uintptr_t)&range & (KSM_PAGE_SIZE - 1));
-	*tracker = (struct ksm_tracker){.peer = peer, .uffd = -1, .error = -EBADF};
+	tracker->peer = peer; /* what is owed is owed still */
+	tracker->uffd = -1;
+	tracker->error = -EBADF;
 	if (peer->fds.pagemap < 0)
 		return tracker->error;
+	if (!ksm_os_is_linux(6, 9)) /* DIRTY-8 */
+		return tracker->error = -EINVAL;
 	int r = ksm_os_page_ranges(peer->fds.pagemap, &at, at + KSM_PAGE_SIZE, &UNWATCHED, &range, 1);
 	tracker->uffd = r < 0 ? r : ksm_os_uffd_open_watch();
 	tracker->error = KSM_MIN(tracker->uffd, 0);
@@ -94,6 +104,11 @@ static size_t pieces_of(const struct ksm_region *region)
 	return (ksm_load_acquire(&region->used) + KSM_PIECE_PAGES - 1) / KSM_PIECE_PAGES;
 }
 
+static ksm_pageno next_stretch(ksm_pageno page)
+{
+	return (page / KSM_TODO_PAGES + 1) * KSM_TODO_PAGES;
+}
+
 static bool is_ours(const struct ksm_region *region, ksm_pageno page)
 {
 	return *ksm_region_todo(region, page) & KSM_TODO_OURS;
@@ -105,12 +120,10 @@ void ksm_dirty_forget(struct ksm_region *region)
 		struct ksm_piece *at = &region->pieces[piece];
 		memset(at->clean, 0, sizeof(at->clean));
 		for (size_t i = 0; i < KSM_COUNT(at->todo); i++)
-			at->todo[i] &= (uint8_t)~KSM_TODO_OURS;
-		at->watch = KSM_WATCH_NONE;
-		at->since = at->hot = 0;
+			at->todo[i] &= (uint8_t)~(KSM_TODO_OURS | KSM_TODO_FRESH);
+		at->watch = KSM_WATCH_NONE; /* what is hot stays so: forks forget often */
 	}
-	ksm_store_relaxed(&region->fresh_to, 0);
-	ksm_store_relaxed(&region->fresh_from, 0);
+	ksm_store_relaxed(&region->fresh, 0);
 }
 
 /* ---- watching ------------------------------------------------------------------------------------------------ */
@@ -144,6 +157,8 @@ void ksm_dirty_watch(struct ksm_region *region, ksm_pageno page, size_t count)
 
 void ksm_dirty_take_back(struct ksm_region *region, ksm_pageno page, size_t count)
 {
+	if (region->registered && ksm_region_piece(region, page)->watch == KSM_WATCH_NONE) /* DIRTY-6 */
+		return;
 	for (size_t i = 0, n; is_tracked(region) && i < count; i += n + 1) {
 		for (n = 0; i + n < count && is_watchable(region, page + i + n);)
 			n++;
@@ -155,25 +170,40 @@ void ksm_dirty_take_back(struct ksm_region *region, ksm_pageno page, size_t coun
 
 void ksm_dirty_note_fresh(struct ksm_region *region, ksm_pageno page, size_t count)
 {
-	ksm_pageno from = region->fresh_from, to = region->fresh_to;
-	if (!is_tracked(region))
-		return;
-	ksm_store_relaxed(&region->fresh_from, from < to ? KSM_MIN(from, page) : page);
-	ksm_store_relaxed(&region->fresh_to, KSM_MAX(to, page + count));
+	for (ksm_pageno at = page; is_tracked(region) && at < page + count; at = next_stretch(at)) {
+		uint8_t *todo = ksm_region_todo(region, at);
+		if (!(*todo & KSM_TODO_FRESH))
+			ksm_store_relaxed(&region->fresh, region->fresh + 1);
+		*todo |= KSM_TODO_FRESH;
+	}
 }
 
 bool ksm_dirty_is_fresh(const struct ksm_region *region, ksm_pageno page, size_t count)
 {
-	return page < ksm_load_relaxed(&region->fresh_to) && ksm_load_relaxed(&region->fresh_from) < page + count;
+	bool any = false;
+	for (ksm_pageno at = page; region->fresh && at < page + count && !any; at = next_stretch(at))
+		any = *ksm_region_todo(region, at) & KSM_TODO_FRESH;
+	return any;
 }
 
-void ksm_dirty_watch_fresh(struct ksm_region *region)
+void ksm_dirty_forget_fresh(struct ksm_region *region, ksm_pageno page, size_t count)
 {
-	ksm_pageno from = region->fresh_from, to = region->fresh_to;
-	if (from < to)
-		ksm_dirty_take_back(region, from, to - from);
-	ksm_store_relaxed(&region->fresh_to, 0);
-	ksm_store_relaxed(&region->fresh_from, 0);
+	for (ksm_pageno at = page; region->fresh && at < page + count; at = next_stretch(at)) {
+		uint8_t *todo = ksm_region_todo(region, at);
+		if (*todo & KSM_TODO_FRESH)
+			ksm_store_relaxed(&region->fresh, region->fresh - 1);
+		*todo &= (uint8_t)~KSM_TODO_FRESH;
+	}
+}
+
+void ksm_dirty_watch_fresh(struct ksm_region *region, ksm_pageno page, size_t count)
+{
+	size_t used = ksm_load_acquire(&region->used);
+	ksm_pageno at = page / KSM_TODO_PAGES * KSM_TODO_PAGES;
+	for (; region->fresh && at < page + count; at = next_stretch(at))
+		if (*ksm_region_todo(region, at) & KSM_TODO_FRESH)
+			ksm_dirty_take_back(region, at, KSM_MIN(used - at, (size_t)KSM_TODO_PAGES));
+	ksm_dirty_forget_fresh(region, page, count);
 }
 
 /* ---- windows -------------------------------------------------------------------------------------------------- */
@@ -182,7 +212,7 @@ int ksm_dirty_let_go(struct ksm_region *region, ksm_pageno page, size_t count)
 {
 	int r = 0;
 	for (ksm_pageno end = page + count, next; page < end && !r; page = next) {
-		next = KSM_MIN(end, (page / KSM_TODO_PAGES + 1) * KSM_TODO_PAGES);
+		next = KSM_MIN(end, next_stretch(page));
 		if (!is_tracked(region) || !is_ours(region, page))
 			continue;
 		for (ksm_pageno i = page; i < next; i++)
@@ -268,13 +298,43 @@ void ksm_dirty_begin(struct ksm_tracker *tracker)
 	tracker->solvent = tracker->debt_ns == 0;
 }
 
-/* DIRTY-6: registered memory may be watched by a descriptor of the program's, and what it is told we would take away. */
+static size_t watchable_at(const struct update *update, ksm_pageno page)
+{
+	size_t n = 0;
+	while (page + n < update->first + update->count && is_watchable(update->region, page + n))
+		n++;
+	return n;
+}
+
+/* DIRTY-6: registered memory may be watched by a descriptor of the program's, and what it is told we would take away. So all of
+ * a piece is registered with ours, or nothing. */
+static int own(struct update *update)
+{
+	struct ksm_region *region = update->region;
+	ksm_pageno end = update->first + update->count, page = update->first;
+	int r = 0;
+	for (size_t n; page < end && !r; page += r ? 0 : n + 1) {
+		n = watchable_at(update, page);
+		if (n)
+			r = watch(region, page, n);
+	}
+	for (ksm_pageno at = update->first, n; r && at < page; at += n + 1) {
+		n = watchable_at(update, at);
+		if (n && at < page)
+			ksm_os_uffd_unregister(region->tracker->uffd, ksm_region_page(region, at), n << KSM_PAGE_SHIFT);
+	}
+	for (ksm_pageno at = update->first; r && at < end; at = next_stretch(at))
+		*ksm_region_todo(region, at) &= (uint8_t)~KSM_TODO_OURS;
+	return r;
+}
+
+/* What has come since. */
 static int check_owner(struct update *update)
 {
 	struct ksm_region *region = update->region;
 	ksm_pageno end = update->first + update->count;
 	int r = 0;
-	for (ksm_pageno page = update->first, n; region->registered && page < end && !r; page += n + 1) {
+	for (ksm_pageno page = update->first, n; page < end && !r; page += n + 1) {
 		for (n = 0; page + n < end && is_watchable(region, page + n) && !is_ours(region, page + n);)
 			n++;
 		if (n)
@@ -287,8 +347,11 @@ static int update_piece(struct update *update, bool armed)
 {
 	struct ksm_os_query query = WRITTEN;
 	query.protect = armed;
-	int r = ask(update, &UNWATCHED, found_unwatched);
+	bool theirs = update->region->registered;
+	int r = theirs && ksm_region_piece(update->region, update->first)->watch == KSM_WATCH_NONE ? own(update) : 0;
 	if (!r)
+		r = ask(update, &UNWATCHED, found_unwatched);
+	if (!r && theirs)
 		r = check_owner(update);
 	return r ? r : ask(update, &query, found_written);
 }
@@ -301,13 +364,14 @@ void ksm_dirty_update(struct ksm_region *region, ksm_pageno page, bool force)
 	struct update update = {.region = region, .first = page / KSM_PIECE_PAGES * KSM_PIECE_PAGES};
 	if (update.first >= used)
 		return;
-	if (!is_tracked(region) || tracker->peer->fds.pagemap < 0) {
+	/* What the program has unmapped some of merges no more, and what has come there is none of ours. */
+	if (!is_tracked(region) || tracker->peer->fds.pagemap < 0 || region->gone) {
 		if (piece->watch != KSM_WATCH_NONE)
 			ksm_dirty_forget(region);
 		return;
 	}
-	ksm_dirty_watch_fresh(region);
 	update.count = KSM_MIN(used - update.first, (size_t)KSM_PIECE_PAGES);
+	ksm_dirty_watch_fresh(region, update.first, update.count);
 	bool armed = force || !piece->hot || tracker->solvent;
 	int r = update_piece(&update, armed);
 	if (r) { /* DIRTY-5 */
@@ -324,7 +388,7 @@ void ksm_dirty_update(struct ksm_region *region, ksm_pageno page, bool force)
 		piece->hot = piece->since;
 		piece->since = 0;
 	}
-	tracker->debt_ns += (uint64_t)update.hot * FAULT_NS;
+	tracker->debt_ns = KSM_MIN(tracker->debt_ns + (uint64_t)update.hot * FAULT_NS, (uint64_t)DEBT_MOST_NS);
 }
 
 bool ksm_dirty_is_due(const struct ksm_region *region, ksm_pageno page)

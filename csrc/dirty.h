@@ -28,7 +28,7 @@ enum ksm_dirty {
 	KSM_DIRTY_UNWRITTEN, /* cold: the same for a whole pass */
 };
 
-/* 0, or why writes are not tracked: -EPERM, -ENOSYS (not allowed here), -EINVAL, -ENOTTY (before Linux 6.7), -EBADF (no
+/* 0, or why writes are not tracked: -EPERM, -ENOSYS (not allowed here), -EINVAL, -ENOTTY (before Linux 6.9), -EBADF (no
  * pagemap). Everything below works all the same. The scanner's thread, as all of this. */
 int ksm_tracker_init(struct ksm_tracker *tracker, struct ksm_peer *peer);
 /* The descriptor goes, and with it what it tracked: the regions' notes mean nothing until the next ksm_dirty_forget(). */
@@ -57,12 +57,14 @@ void ksm_dirty_take_back(struct ksm_region *region, ksm_pageno page, size_t coun
 /* There is fresh anonymous memory at these pages. Before it is touched: or its mapping joins its neighbours never more. */
 void ksm_dirty_watch(struct ksm_region *region, ksm_pageno page, size_t count);
 /* There is fresh memory here, but the descriptor is not at hand: the scanner's thread watches it, when it comes by or is asked
- * to. Any thread. */
+ * to. Any thread, as for the next two. */
 void ksm_dirty_note_fresh(struct ksm_region *region, ksm_pageno page, size_t count);
-/* Some of these pages may be such memory. Any thread; merge lock not needed, if it was noted before these pages were had. */
+/* Some of these pages may be such memory. */
 bool ksm_dirty_is_fresh(const struct ksm_region *region, ksm_pageno page, size_t count);
-/* Watch all that was noted so. */
-void ksm_dirty_watch_fresh(struct ksm_region *region);
+/* It is too late for these. */
+void ksm_dirty_forget_fresh(struct ksm_region *region, ksm_pageno page, size_t count);
+/* Watch what was noted so of these, and of the stretches they are in. */
+void ksm_dirty_watch_fresh(struct ksm_region *region, ksm_pageno page, size_t count);
 /* The region goes, and its memory stays: it is nobody's business any more who writes there. */
 void ksm_dirty_release(struct ksm_region *region);
 

@@ -344,19 +344,6 @@ int ksm_domain_see_breaks(struct ksm_domain *domain, struct ksm_region *region)
 	return ksm_worker_call(&domain->worker, see_breaks, region);
 }
 
-static int watch_fresh(struct ksm_member *member, void *context)
-{
-	ksm_scan_lock(&member->scanner);
-	ksm_dirty_watch_fresh(context);
-	ksm_merge_unlock(&member->peer);
-	return 0;
-}
-
-int ksm_domain_watch_fresh(struct ksm_domain *domain, struct ksm_region *region)
-{
-	return ksm_worker_call(&domain->worker, watch_fresh, region);
-}
-
 static int restore(struct ksm_member *member, void *context)
 {
 	struct scan_request *request = context;

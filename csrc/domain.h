@@ -34,7 +34,6 @@ bool ksm_domains_overlap(const void *at, size_t nbytes);
 /* Scan one region (NULL: all), restore one: in the scanner's thread, waited for. */
 int ksm_domain_scan_region(struct ksm_domain *domain, struct ksm_region *region, struct ksm_report *out);
 int ksm_domain_see_breaks(struct ksm_domain *domain, struct ksm_region *region);
-int ksm_domain_watch_fresh(struct ksm_domain *domain, struct ksm_region *region);
 int ksm_domain_restore_region(struct ksm_domain *domain, struct ksm_region *region, enum ksm_restore_broken broken,
 			      struct ksm_restore_counts *out);
 

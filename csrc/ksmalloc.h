@@ -58,7 +58,7 @@ enum ksm_tracking { /* how written pages are found */
 	KSM_TRACKING_NONE = 0,
 	KSM_TRACKING_PAGEMAP = 1, /* /proc/self/pagemap says which pages are broken; a digest, which are cold */
 	KSM_TRACKING_DIGEST = 2,  /* no pagemap (not dumpable): pages are compared with their frames */
-	KSM_TRACKING_WRITES = 3,  /* the pagemap, and the kernel says which pages were written (Linux 6.7) */
+	KSM_TRACKING_WRITES = 3,  /* the pagemap, and the kernel says which pages were written (Linux 6.9) */
 };
 
 struct ksm_domain_options {

@@ -19,7 +19,6 @@
 
 #include <pthread.h>
 #include <stdio.h>
-#include <sys/utsname.h>
 #include <unistd.h>
 
 static void (*wanted)(void);
@@ -36,13 +35,9 @@ void ksm_process_resume(void)
 
 int ksm_process_check(void)
 {
-	struct utsname name;
-	unsigned major = 0, minor = 0;
 	if (sysconf(_SC_PAGESIZE) != (long)KSM_PAGE_SIZE)
 		return KSM_EUNSUPPORTED;
-	if (uname(&name) || sscanf(name.release, "%u.%u", &major, &minor) != 2)
-		return KSM_EUNSUPPORTED;
-	return major > 5 || (major == 5 && minor >= 10) ? 0 : KSM_EUNSUPPORTED;
+	return ksm_os_is_linux(5, 10) ? 0 : KSM_EUNSUPPORTED;
 }
 
 static void parent(void)

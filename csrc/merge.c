@@ -389,7 +389,7 @@ static void clear_notes(struct ksm_merger *m)
 	for (size_t i = 0; i + KSM_TODO_PAGES <= m->count || m->first + m->count >= used; i += KSM_TODO_PAGES) {
 		if (i >= m->count || (m->first + i) % KSM_TODO_PAGES)
 			break;
-		*ksm_region_todo(m->region, m->first + i) &= KSM_TODO_OURS;
+		*ksm_region_todo(m->region, m->first + i) &= KSM_TODO_OURS | KSM_TODO_FRESH;
 	}
 }
 

@@ -251,6 +251,7 @@ bool ksm_merge_look(struct ksm_merger *m)
 		return false;
 	}
 	for (size_t i = 0; i < m->count; i++) {
+		m->is_frozen[i] = (ksm_region_guard_of(m->region, m->first + i) & KSM_GUARD_FROZEN) != 0;
 		if (m->twins && !m->at_hand[i])
 			continue;
 		if (found[i] != KSM_SURVEY_OURS) {
@@ -258,7 +259,6 @@ bool ksm_merge_look(struct ksm_merger *m)
 			m->counts->skipped++;
 			continue;
 		}
-		m->is_frozen[i] = (ksm_region_guard_of(m->region, m->first + i) & KSM_GUARD_FROZEN) != 0;
 		switch (ksm_region_state(m->region, m->first + i)) {
 		case KSM_PAGE_MERGED:
 			look_at_merged(m, i);

@@ -190,6 +190,8 @@ int ksm_os_thread(pthread_t *thread, const pthread_attr_t *attributes, void *(*f
 int ksm_os_thread_kick(pthread_t thread, int signal);
 int ksm_os_dumpable(void);
 uint64_t ksm_os_memory_bytes(void);
+/* Is this Linux major.minor or later? What distributions have mended in earlier ones is not known. */
+bool ksm_os_is_linux(unsigned major, unsigned minor);
 uint64_t ksm_os_max_map_count(void);
 /* Memory mappings of this process; 0: it cannot be told. */
 uint64_t ksm_os_count_maps(void);

@@ -33,8 +33,9 @@ struct ksm_hold {
 enum ksm_todo {
 	KSM_TODO_LOOK = 1, /* something was written, or is not known yet */
 	KSM_TODO_ASK = 2,  /* the index may say more about its pages than it did, or the kernel let them go */
-	KSM_TODO_OURS =
-		4, /* nothing to do: some of it is registered with the tracker's descriptor, and so with no other */
+	/* Nothing for a pass to do: */
+	KSM_TODO_OURS = 4,  /* some of it is registered with the tracker's descriptor, and so with no other */
+	KSM_TODO_FRESH = 8, /* some of it is fresh memory that is not watched yet: DIRTY-7 */
 };
 
 /* How far the writes to a piece of KSM_PIECE_PAGES pages are known; see dirty.c. */
@@ -76,7 +77,7 @@ struct ksm_region {
 	bool gone;                /* registered, and the program has unmapped some of it: merged no more (survey.c) */
 	uint64_t strayed;         /* references that are kept for mappings that are somewhere else, or nowhere */
 	struct ksm_hold *holds;
-	ksm_pageno fresh_from, fresh_to;  /* somewhere in here is fresh memory that is not watched; atomic (dirty.c) */
+	uint32_t fresh;                   /* stretches noted as KSM_TODO_FRESH; atomic */
 	uint64_t states[KSM_PAGE_STATES]; /* pages in each state, UNKNOWN not counted */
 };
 

@@ -133,11 +133,17 @@ static size_t used_pages(const struct ksm_region *region)
 
 /* ---- passes ------------------------------------------------------------------------------------------- */
 
-/* After a stretch, without the merge lock: the share of time in which threads are held is bounded. */
+/* After a stretch, without the merge lock: the share of time in which threads are held is bounded. A pass by name may be made
+ * in here, in the middle of another one. */
 static int pause_between(struct ksm_scanner *scanner, const struct ksm_scan_between *between)
 {
+	const struct ksm_region *only = scanner->only;
+	enum ksm_scan_who who = scanner->who;
 	ksm_scan_pause(scanner);
-	return ksm_scan_call(between);
+	int stop = ksm_scan_call(between);
+	scanner->only = only;
+	scanner->who = who;
+	return stop;
 }
 
 /* Move the cursor to the next stretch to look at. Merge lock held. false: the pass is over. */
@@ -195,7 +201,6 @@ static void audit(struct ksm_scanner *scanner)
 bool ksm_scan_batch(struct ksm_scanner *scanner, uint64_t pages, uint64_t merges,
 		    const struct ksm_scan_between *between)
 {
-	uint64_t merged_before = scanner->pass.merged;
 	bool over = false;
 	scanner->looked = 0;
 	scanner->only = NULL;
@@ -212,6 +217,7 @@ bool ksm_scan_batch(struct ksm_scanner *scanner, uint64_t pages, uint64_t merges
 		scanner->ask = scanner->merger.again || scanner->asked_changes != scanner->pass_changes;
 		ksm_scan_forget_worn(scanner);
 	}
+	uint64_t merged_before = scanner->pass.merged; /* of this very pass */
 	while (!over && scanner->looked < pages && scanner->pass.merged - merged_before < merges) {
 		if (!cursor_settle(scanner)) {
 			over = true;

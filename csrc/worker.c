@@ -52,6 +52,7 @@ void ksm_worker_init(struct ksm_worker *worker, const struct ksm_domain_options 
 	ksm_member_init(&worker->member, options);
 	init_locks(worker);
 	ksm_settings_default(&worker->settings);
+	ksm_pace_init(&worker->pace); /* once: a fork is no reason for new credit */
 	worker->signal = -1;
 }
 
@@ -192,6 +193,39 @@ void ksm_worker_nudge(struct ksm_worker *worker)
 		wake(worker);
 }
 
+/* The queue is locked for both. */
+static void enqueue(struct ksm_worker *worker, struct ksm_call *call)
+{
+	struct ksm_call **last = &worker->calls;
+	while (*last)
+		last = &(*last)->next;
+	*last = call;
+	ksm_add_relaxed(&worker->waiting, 1);
+}
+
+static bool dequeue(struct ksm_worker *worker, const struct ksm_call *call)
+{
+	struct ksm_call **at = &worker->calls;
+	while (*at && *at != call)
+		at = &(*at)->next;
+	if (!*at)
+		return false;
+	*at = call->next;
+	ksm_sub_relaxed(&worker->waiting, 1);
+	return true;
+}
+
+/* Sleep until something has changed, or for so long. The queue is locked. */
+static bool await_change(struct ksm_worker *worker, uint64_t ns)
+{
+	struct timespec until;
+	clock_gettime(CLOCK_MONOTONIC, &until);
+	ns += (uint64_t)until.tv_nsec;
+	until.tv_sec += (time_t)(ns / 1000000000u);
+	until.tv_nsec = (long)(ns % 1000000000u);
+	return pthread_cond_timedwait(&worker->changed, &worker->queue, &until) != ETIMEDOUT;
+}
+
 int ksm_worker_call(struct ksm_worker *worker, int (*function)(struct ksm_member *, void *), void *context)
 {
 	struct ksm_call call = {.function = function, .context = context};
@@ -199,34 +233,55 @@ int ksm_worker_call(struct ksm_worker *worker, int (*function)(struct ksm_member
 	if (r)
 		return r;
 	pthread_mutex_lock(&worker->queue);
-	struct ksm_call **last = &worker->calls;
-	while (*last)
-		last = &(*last)->next;
-	*last = &call;
-	ksm_add_relaxed(&worker->waiting, 1);
+	enqueue(worker, &call);
 	pthread_mutex_unlock(&worker->queue);
 	wake(worker);
 	pthread_mutex_lock(&worker->queue);
 	while (!call.done) {
-		struct timespec until;
-		clock_gettime(CLOCK_MONOTONIC, &until);
-		until.tv_sec += 1;
-		if (pthread_cond_timedwait(&worker->changed, &worker->queue, &until) != ETIMEDOUT || call.done)
+		if (await_change(worker, 1000000000u) || call.done)
 			continue;
 		/* A fork in another thread may have ended the scanner before it came to us: WORK-1. */
 		pthread_mutex_unlock(&worker->queue);
 		r = ksm_worker_start(worker);
 		wake(worker);
 		pthread_mutex_lock(&worker->queue);
-		if (!r || call.done)
-			continue;
-		for (last = &worker->calls; *last; last = &(*last)->next) {
-			if (*last != &call)
-				continue;
-			*last = call.next;
-			ksm_sub_relaxed(&worker->waiting, 1);
+		if (r && !call.done && dequeue(worker, &call)) {
 			pthread_mutex_unlock(&worker->queue);
 			return r;
+		}
+	}
+	pthread_mutex_unlock(&worker->queue);
+	return call.result;
+}
+
+int ksm_worker_call_soon(struct ksm_worker *worker, int (*function)(struct ksm_member *, void *), void *context,
+			 uint64_t ns)
+{
+	struct ksm_call call = {.function = function, .context = context};
+	uint64_t until_ns = ksm_os_now_ns() + ns;
+	bool taken = false;
+	if (pthread_mutex_trylock(&worker->life)) /* a fork is under way, perhaps this thread's */
+		return -EAGAIN;
+	if (!worker->running) {
+		pthread_mutex_unlock(&worker->life);
+		return -EAGAIN;
+	}
+	pthread_mutex_lock(&worker->queue);
+	enqueue(worker, &call);
+	pthread_mutex_unlock(&worker->queue);
+	kick(worker);
+	pthread_mutex_unlock(&worker->life);
+	pthread_mutex_lock(&worker->queue);
+	while (!call.done) {
+		uint64_t now = ksm_os_now_ns();
+		if (!taken && now < until_ns) {
+			await_change(worker, until_ns - now);
+		} else if (!taken && dequeue(worker, &call)) {
+			call.done = true;
+			call.result = -EAGAIN;
+		} else { /* it runs, and will be done */
+			taken = true;
+			pthread_cond_wait(&worker->changed, &worker->queue);
 		}
 	}
 	pthread_mutex_unlock(&worker->queue);

@@ -287,7 +287,6 @@ void ksm_worker_loop(struct ksm_worker *worker)
 {
 	uint64_t resume_at = 0;
 	worker->settle_beats = ksm_load_relaxed(&worker->member.peer.control->settle_beats);
-	ksm_pace_init(&worker->pace);
 	while (!ksm_load_acquire(&worker->stop)) {
 		run_calls(worker);
 		if (ksm_load_acquire(&worker->stop) || !worker->member.joined)

@@ -222,7 +222,7 @@ def test_writes_are_not_tracked() -> None:
     move, writes = missing(dataclasses.replace(BEST, **PLAIN | worse, writes="ENOTTY", kernel=(6, 6)))
     assert (move.name, writes.name) == ("barrier move", "tracking writes")
     assert "Linux 6.6 has no PAGEMAP_SCAN" in writes.reason
-    assert "6.7" in writes.remedy
+    assert "6.9" in writes.remedy
     assert "WP_ASYNC" in only("tracking writes", **worse, writes="EINVAL").reason
     one = only("tracking writes", **worse, writes="EPERM", uffd_user="EPERM", uffd_device="EACCES")
     assert "seccomp" in one.reason

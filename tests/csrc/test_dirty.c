@@ -6,6 +6,7 @@
 #include "arena.h"
 #include "dirty.h"
 
+#include <dirent.h>
 #include <sys/uio.h>
 
 #define PAGES 300
@@ -337,7 +338,80 @@ TEST(marks_of_another_descriptor_stay)
 	members_leave(a);
 }
 
-/* Where a region has grown in the middle of a stretch, and then goes on for some pieces: each is entered at its beginning. */
+/* Registered memory, some of which the program watches itself: what merges beside it is not watched after all (DIRTY-6). */
+TEST(nothing_is_watched_where_not_all_can_be)
+{
+	struct ksm_member *a = members_join_with("d", KSM_BARRIER_STOP);
+	if (!is_tracked(a))
+		return;
+	int theirs = ksm_os_uffd_open_watch();
+	char *at = kit_map_filled(PAGES, 1), *watched = kit_page(at, 100);
+	CHECK_EQ(ksm_os_uffd_register(theirs, watched, 20 * KSM_PAGE_SIZE, KSM_UFFD_PROTECT), 0);
+	struct ksm_region *region = members_region(a, at, PAGES);
+	region->registered = true;
+	kit_fill(kit_page(at, 64), 5555);
+	kit_fill(kit_page(at, 90), 5555);
+	CHECK_EQ(members_merge(a), 2);
+	CHECK(!kit_is_registered(kit_page(at, 66), 20));
+	CHECK(!(*ksm_region_todo(region, 100) & KSM_TODO_OURS));
+	ksm_merge_lock(&a->peer);
+	ksm_dirty_release(region);
+	ksm_merge_unlock(&a->peer);
+	CHECK(kit_is_registered(watched, 20));
+	ksm_os_close(theirs);
+	members_leave(a);
+}
+
+/* What has come where the program has unmapped registered memory is not ours to watch. */
+TEST(what_has_come_instead_is_not_watched)
+{
+	struct ksm_member *a = members_join("d");
+	if (!kit_can_merge() || !is_tracked(a))
+		return;
+	char *at = kit_map_filled(PAGES, 1), *new = kit_page(at, 100);
+	struct ksm_region *region = members_region(a, at, PAGES);
+	region->registered = true;
+	members_merge(a);
+	CHECK(kit_is_registered(new, 50));
+	for (int round = 0; round < 2; round++) { /* it is seen only then that something is gone */
+		CHECK(mmap(new, 50 * KSM_PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1,
+			   0) == new);
+		memset(new, 6, 50 * KSM_PAGE_SIZE);
+		for (int i = 0; i < 3; i++)
+			members_pass(a);
+		region->gone |= round == 0;
+	}
+	CHECK(!kit_is_registered(new, 50));
+	members_leave(a);
+}
+
+/* What passes by name have cost a program that writes all the time is forgiven in some seconds, by a fork not at all. */
+TEST(the_debt_has_an_end_and_outlives_forks)
+{
+	struct ksm_member *a = members_join("d");
+	if (!kit_can_merge() || !is_tracked(a))
+		return;
+	struct ksm_tracker *tracker = &a->scanner.tracker;
+	char *at = kit_map_filled(PAGES, 1);
+	struct ksm_region *region = members_region(a, at, PAGES);
+	members_merge(a);
+	for (int i = 0; i < 400; i++) {
+		for (size_t page = 0; page < PAGES; page++)
+			++*(volatile uint64_t *)kit_page(at, page);
+		members_pass(a);
+	}
+	uint64_t debt = tracker->debt_ns;
+	uint32_t hot = region->pieces[0].hot;
+	CHECK_GT(debt, 50000000);
+	CHECK_LE(debt, 100000000);
+	CHECK_GT(hot, 0);
+	ksm_tracker_fini(tracker);
+	ksm_scan_track(&a->scanner);
+	CHECK_EQ(tracker->debt_ns, debt);
+	CHECK_EQ(region->pieces[0].hot, hot);
+	members_leave(a);
+}
+
 #define BLOCKS 40
 #define BLOCK (4 * KSM_PAGE_SIZE)
 
@@ -388,6 +462,82 @@ TEST(memory_that_comes_back_joins_its_neighbours)
 	ksm_domain_detach(domain);
 }
 
+static int hold_up(struct ksm_member *member KSM_UNUSED, void *context)
+{
+	uint32_t *state = context;
+	ksm_store_release(state, 1);
+	while (ksm_load_acquire(state) == 1)
+		ksm_os_sleep_ns(1000000);
+	return 0;
+}
+
+struct holding {
+	struct ksm_domain *domain;
+	uint32_t state; /* 1: the scanner is held up; 2: no more */
+};
+
+static void *hold_scanner(void *argument)
+{
+	struct holding *holding = argument;
+	CHECK_EQ(ksm_worker_call(&holding->domain->worker, hold_up, &holding->state), 0);
+	return NULL;
+}
+
+static size_t count_threads(void)
+{
+	size_t n = 0;
+	DIR *tasks = opendir("/proc/self/task");
+	while (readdir(tasks))
+		n++;
+	closedir(tasks);
+	return n - 2;
+}
+
+/* An allocation waits for a scanner only if that comes at once, and starts none. */
+TEST(nobody_waits_for_a_busy_scanner)
+{
+	struct ksm_domain_options options = kit_options("d");
+	struct holding holding = {0};
+	struct ksm_arena *arena;
+	struct ksm_report report;
+	struct ksm_block blocks[4];
+	pthread_t thread;
+	if (!kit_can_merge())
+		return;
+	CHECK_EQ(ksm_domain_attach(&options, &holding.domain), 0);
+	CHECK_EQ(ksm_arena_create(holding.domain, KSM_ARENA_NO_SCAN, &arena), 0);
+	for (size_t i = 0; i < 4; i++) {
+		CHECK_EQ(ksm_arena_alloc(arena, BLOCK, 0, &blocks[i]), 0);
+		for (size_t page = 0; page < BLOCK / KSM_PAGE_SIZE; page++)
+			kit_fill(kit_page(blocks[i].address, page), 1 + page);
+	}
+	CHECK_EQ(ksm_arena_scan(arena, &report), 0);
+	CHECK_EQ(report.pages_merged, 4 * BLOCK / KSM_PAGE_SIZE);
+	CHECK_EQ(pthread_create(&thread, NULL, hold_scanner, &holding), 0);
+	KIT_WAIT(20, ksm_load_acquire(&holding.state) == 1);
+	for (int i = 0; i < 100; i++) { /* it would wait for ever */
+		CHECK_EQ(ksm_arena_free(arena, &blocks[0]), 0);
+		CHECK_EQ(ksm_arena_alloc(arena, BLOCK, 0, &blocks[0]), 0);
+		kit_fill(blocks[0].address, 2);
+	}
+	ksm_store_release(&holding.state, 2);
+	pthread_join(thread, NULL);
+	pid_t child = kit_fork();
+	if (child == 0) {
+		CHECK_EQ(ksm_arena_free(arena, &blocks[1]), 0);
+		CHECK_EQ(ksm_arena_alloc(arena, BLOCK, 0, &blocks[1]), 0);
+		kit_fill(blocks[1].address, 3);
+		CHECK_EQ(count_threads(), 1);
+		_exit(0);
+	}
+	CHECK_CHILD(child);
+	for (size_t i = 0; i < 4; i++)
+		CHECK_EQ(ksm_arena_free(arena, &blocks[i]), 0);
+	ksm_arena_release(arena);
+	ksm_domain_detach(holding.domain);
+}
+
+/* Where a region has grown in the middle of a stretch, and then goes on for some pieces: each is entered at its beginning. */
 TEST(every_piece_is_brought_up_to_date)
 {
 	const size_t many = 2 * KSM_PIECE_PAGES + 100;

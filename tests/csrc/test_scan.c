@@ -1,0 +1,83 @@
+/* SPDX-License-Identifier: MIT */
+/* Passes: one may be made in the middle of another. */
+#include "members.h"
+
+#define PAGES 64
+
+struct nesting {
+	struct ksm_member *member;
+	struct ksm_region *only;
+	bool wanted;
+	unsigned times;
+};
+
+/* What a scanner does for somebody who scans by name while somebody else settles. */
+static int scan_by_name(void *context)
+{
+	struct nesting *nesting = context;
+	struct ksm_merge_counts counts = {0};
+	uint64_t passes;
+	if (!nesting->wanted || nesting->times++ % 2)
+		return 0;
+	return ksm_scan_exhaust(&nesting->member->scanner, nesting->only, NULL, &counts, &passes);
+}
+
+static bool is_quiet(const struct ksm_peer *peer)
+{
+	return ksm_load_acquire(&peer->self->quiet_at) == ksm_load_seqcst(&peer->control->changes) &&
+	       ksm_load_acquire(&peer->self->settled_seq) == ksm_load_seqcst(&peer->control->settle_seq);
+}
+
+/* Who settles is told so when all regions have been looked at, whatever was scanned by name meanwhile. */
+static void settle(bool with_scans)
+{
+	struct ksm_member *a = members_join("d");
+	char *at = kit_map_filled(2 * PAGES, 1);
+	struct ksm_region *first = members_region(a, at, PAGES);
+	members_merge(a);
+	struct ksm_region *second = members_region(a, kit_page(at, PAGES), PAGES);
+	kit_fill(kit_page(at, PAGES + 3), 777);
+	kit_fill(kit_page(at, PAGES + 9), 777);
+	kit_fill(kit_page(at, 1), 4444); /* something to look at in the first, and nothing to merge */
+	ksm_add_seqcst(&a->peer.control->settle_seq, 1);
+	struct nesting nesting = {a, first, with_scans, 0};
+	struct ksm_scan_between hook = {scan_by_name, &nesting, NULL};
+	for (int i = 0; i < 20 && !is_quiet(&a->peer); i++) {
+		struct ksm_merge_counts counts = {0};
+		CHECK_EQ(ksm_scan_pass(&a->scanner, NULL, KSM_SCAN_ALL, &hook, &counts), 0);
+	}
+	CHECK(is_quiet(&a->peer));
+	CHECK_EQ(ksm_region_state(second, 3), KSM_PAGE_MERGED);
+	CHECK_EQ(ksm_region_state(second, 9), KSM_PAGE_MERGED);
+	CHECK_EQ(nesting.times > 0, with_scans);
+	members_leave(a);
+}
+
+TEST(a_settle_is_not_disturbed_by_scans_by_name)
+{
+	if (!kit_can_merge())
+		return;
+	settle(false);
+	settle(true);
+}
+
+/* Nor is the background's pass. */
+TEST(a_batch_is_not_disturbed_by_scans_by_name)
+{
+	if (!kit_can_merge())
+		return;
+	struct ksm_member *a = members_join("d");
+	char *at = kit_map_filled(2 * PAGES, 1);
+	kit_fill(kit_page(at, PAGES + 3), 777);
+	kit_fill(kit_page(at, PAGES + 9), 777);
+	struct ksm_region *first = members_region(a, at, PAGES),
+			  *second = members_region(a, kit_page(at, PAGES), PAGES);
+	struct nesting nesting = {a, first, true, 0};
+	struct ksm_scan_between hook = {scan_by_name, &nesting, NULL};
+	for (int i = 0; i < 8; i++)
+		CHECK(ksm_scan_batch(&a->scanner, 1000000, 1000000, &hook));
+	CHECK_GT(nesting.times, 0);
+	CHECK_EQ(ksm_region_state(second, 3), KSM_PAGE_MERGED);
+	CHECK_EQ(ksm_region_state(second, 9), KSM_PAGE_MERGED);
+	members_leave(a);
+}
