@@ -376,7 +376,8 @@ TEST(what_has_come_instead_is_not_watched)
 	for (int round = 0; round < 2; round++) { /* it is seen only then that something is gone */
 		CHECK(mmap(new, 50 * KSM_PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1,
 			   0) == new);
-		memset(new, 6, 50 * KSM_PAGE_SIZE);
+		for (size_t i = 0; i < 50; i++)
+			kit_fill(kit_page(new, i), 7000 + 100 * (uint64_t)round + i);
 		for (int i = 0; i < 3; i++)
 			members_pass(a);
 		region->gone |= round == 0;
