@@ -199,7 +199,8 @@ def _writes(facts: Facts) -> Missing | None:
     if facts.writes is None:
         return None
     if facts.kernel < WRITES_SINCE:
-        return Missing(name, f"Linux {version} has no PAGEMAP_SCAN that can be trusted", f"# a kernel of Linux {since} or later")
+        reason = f"Linux {version} has no PAGEMAP_SCAN that can be trusted"
+        return Missing(name, reason, f"# a kernel of Linux {since} or later")
     if facts.writes in ("EINVAL", "ENOTTY"):
         reason = f"this Linux {version} does not offer UFFD_FEATURE_WP_ASYNC"
         return Missing(name, reason, f"# a kernel of Linux {since} or later, x86-64 or aarch64")
