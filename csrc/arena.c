@@ -268,7 +268,7 @@ static void watch_pages(struct ksm_arena *arena, const struct ksm_block *block)
 	ksm_merge_lock(peer);
 	bool any = ksm_dirty_is_fresh(fresh.region, fresh.page, fresh.count);
 	ksm_merge_unlock(peer);
-	if (!any || !ksm_worker_call_soon(&arena->domain->worker, watch_fresh, &fresh, WATCH_PATIENCE_NS))
+	if (!any || ksm_worker_call_soon(&arena->domain->worker, watch_fresh, &fresh, WATCH_PATIENCE_NS) != -EAGAIN)
 		return;
 	ksm_merge_lock(peer);
 	ksm_dirty_forget_fresh(fresh.region, fresh.page, fresh.count);

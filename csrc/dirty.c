@@ -66,6 +66,8 @@ static const struct ksm_os_query UNWATCHED = {
 	.any = KSM_PAGE_PRESENT | KSM_PAGE_SWAPPED,
 };
 
+static const struct ksm_os_query WATCHED = {.all = KSM_PAGE_WATCHED};
+
 static const struct ksm_os_query WRITTEN = {
 	.all = KSM_PAGE_WATCHED | KSM_PAGE_WRITTEN,
 	/* Nothing is in it yet. A page that is not there counts as written, and would be marked by an entry in the page
@@ -151,14 +153,13 @@ static int watch(struct ksm_region *region, ksm_pageno page, size_t count)
 /* Errors are the next update's business: it finds them unwatched. */
 void ksm_dirty_watch(struct ksm_region *region, ksm_pageno page, size_t count)
 {
-	if (count && is_tracked(region))
+	bool may = !region->registered || ksm_region_piece(region, page)->watch != KSM_WATCH_NONE; /* DIRTY-6 */
+	if (count && may && is_tracked(region))
 		watch(region, page, count);
 }
 
 void ksm_dirty_take_back(struct ksm_region *region, ksm_pageno page, size_t count)
 {
-	if (region->registered && ksm_region_piece(region, page)->watch == KSM_WATCH_NONE) /* DIRTY-6 */
-		return;
 	for (size_t i = 0, n; is_tracked(region) && i < count; i += n + 1) {
 		for (n = 0; i + n < count && is_watchable(region, page + i + n);)
 			n++;
@@ -190,8 +191,9 @@ void ksm_dirty_forget_fresh(struct ksm_region *region, ksm_pageno page, size_t c
 {
 	for (ksm_pageno at = page; region->fresh && at < page + count; at = next_stretch(at)) {
 		uint8_t *todo = ksm_region_todo(region, at);
-		if (*todo & KSM_TODO_FRESH)
-			ksm_store_relaxed(&region->fresh, region->fresh - 1);
+		if (!(*todo & KSM_TODO_FRESH))
+			continue;
+		ksm_store_relaxed(&region->fresh, region->fresh - 1);
 		*todo &= (uint8_t)~KSM_TODO_FRESH;
 	}
 }
@@ -200,9 +202,11 @@ void ksm_dirty_watch_fresh(struct ksm_region *region, ksm_pageno page, size_t co
 {
 	size_t used = ksm_load_acquire(&region->used);
 	ksm_pageno at = page / KSM_TODO_PAGES * KSM_TODO_PAGES;
-	for (; region->fresh && at < page + count; at = next_stretch(at))
-		if (*ksm_region_todo(region, at) & KSM_TODO_FRESH)
-			ksm_dirty_take_back(region, at, KSM_MIN(used - at, (size_t)KSM_TODO_PAGES));
+	for (size_t n; region->fresh && at < page + count; at += n + KSM_TODO_PAGES) {
+		for (n = 0; at + n < page + count && *ksm_region_todo(region, at + n) & KSM_TODO_FRESH;)
+			n += KSM_TODO_PAGES;
+		ksm_dirty_take_back(region, at, KSM_MIN(used - at, n));
+	}
 	ksm_dirty_forget_fresh(region, page, count);
 }
 
@@ -277,7 +281,8 @@ static void found_unwatched(struct update *update, ksm_pageno page, size_t count
 	for (size_t n; page < end; page += n + 1) {
 		for (n = 0; page + n < limit && is_watchable(region, page + n);)
 			n++;
-		ksm_dirty_watch(region, page, n);
+		if (n)
+			watch(region, page, n);
 	}
 }
 
@@ -312,7 +317,9 @@ static int own(struct update *update)
 {
 	struct ksm_region *region = update->region;
 	ksm_pageno end = update->first + update->count, page = update->first;
+	uint8_t before[KSM_PIECE_PAGES / KSM_TODO_PAGES];
 	int r = 0;
+	memcpy(before, ksm_region_piece(region, page)->todo, sizeof(before));
 	for (size_t n; page < end && !r; page += r ? 0 : n + 1) {
 		n = watchable_at(update, page);
 		if (n)
@@ -323,8 +330,8 @@ static int own(struct update *update)
 		if (n && at < page)
 			ksm_os_uffd_unregister(region->tracker->uffd, ksm_region_page(region, at), n << KSM_PAGE_SHIFT);
 	}
-	for (ksm_pageno at = update->first; r && at < end; at = next_stretch(at))
-		*ksm_region_todo(region, at) &= (uint8_t)~KSM_TODO_OURS;
+	if (r)
+		memcpy(ksm_region_piece(region, update->first)->todo, before, sizeof(before));
 	return r;
 }
 
@@ -356,6 +363,25 @@ static int update_piece(struct update *update, bool armed)
 	return r ? r : ask(update, &query, found_written);
 }
 
+static void found_watched(struct update *update, ksm_pageno page, size_t count)
+{
+	ksm_os_uffd_unregister(update->region->tracker->uffd, ksm_region_page(update->region, page),
+			       count << KSM_PAGE_SHIFT);
+}
+
+/* The program has unmapped some of it: it merges no more, and what has come there is none of ours. */
+static void leave_alone(struct ksm_region *region)
+{
+	size_t used = ksm_load_acquire(&region->used);
+	for (size_t piece = 0; piece < pieces_of(region); piece++) {
+		struct update update = {.region = region, .first = piece * KSM_PIECE_PAGES};
+		update.count = KSM_MIN(used - update.first, (size_t)KSM_PIECE_PAGES);
+		if (region->pieces[piece].watch != KSM_WATCH_NONE)
+			ask(&update, &WATCHED, found_watched);
+	}
+	ksm_dirty_forget(region);
+}
+
 void ksm_dirty_update(struct ksm_region *region, ksm_pageno page, bool force)
 {
 	size_t used = ksm_load_acquire(&region->used);
@@ -364,10 +390,13 @@ void ksm_dirty_update(struct ksm_region *region, ksm_pageno page, bool force)
 	struct update update = {.region = region, .first = page / KSM_PIECE_PAGES * KSM_PIECE_PAGES};
 	if (update.first >= used)
 		return;
-	/* What the program has unmapped some of merges no more, and what has come there is none of ours. */
-	if (!is_tracked(region) || tracker->peer->fds.pagemap < 0 || region->gone) {
+	if (!is_tracked(region) || tracker->peer->fds.pagemap < 0) {
 		if (piece->watch != KSM_WATCH_NONE)
 			ksm_dirty_forget(region);
+		return;
+	}
+	if (region->gone) {
+		leave_alone(region);
 		return;
 	}
 	update.count = KSM_MIN(used - update.first, (size_t)KSM_PIECE_PAGES);

@@ -18,7 +18,6 @@
 #include "error.h"
 
 #include <pthread.h>
-#include <stdio.h>
 #include <unistd.h>
 
 static void (*wanted)(void);

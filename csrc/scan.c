@@ -139,8 +139,10 @@ static int pause_between(struct ksm_scanner *scanner, const struct ksm_scan_betw
 {
 	const struct ksm_region *only = scanner->only;
 	enum ksm_scan_who who = scanner->who;
+	size_t worn = scanner->merger.run_count;
 	ksm_scan_pause(scanner);
 	int stop = ksm_scan_call(between);
+	scanner->worn_lost += scanner->merger.run_count < worn;
 	scanner->only = only;
 	scanner->who = who;
 	return stop;
@@ -289,6 +291,7 @@ int ksm_scan_pass(struct ksm_scanner *scanner, struct ksm_region *only, enum ksm
 	uint64_t breaks = ksm_counter_of(scanner->peer->self, KSM_COW_BREAKS);
 	struct ksm_merge_counts pass = {0};
 	const char *base = NULL;
+	uint64_t worn_lost = scanner->worn_lost;
 	ksm_pageno page = 0;
 	int stop = 0;
 	scanner->only = only;
@@ -318,7 +321,8 @@ int ksm_scan_pass(struct ksm_scanner *scanner, struct ksm_region *only, enum ksm
 		/* -EAGAIN: no frame could be had, because somebody came whose bitmap we do not have yet */
 		bool idle = progress(&pass) == 0 && pass.why_not != -EAGAIN && !should_retry(scanner, &pass);
 		/* pages that were found broken only now are given back by the next pass, and then merge */
-		idle &= ksm_counter_of(scanner->peer->self, KSM_COW_BREAKS) == breaks;
+		idle &= ksm_counter_of(scanner->peer->self, KSM_COW_BREAKS) == breaks &&
+			scanner->worn_lost == worn_lost;
 		if (who == KSM_SCAN_ALL && idle) {
 			ksm_store_release(&scanner->peer->self->quiet_at, changes);
 			ksm_store_release(&scanner->peer->self->settled_seq, settle_seq);

@@ -31,6 +31,7 @@ struct ksm_scanner {
 	ksm_pageno cursor_page;
 	const struct ksm_region *only; /* what is being done is about this region, or NULL: */
 	enum ksm_scan_who who;         /* … about these */
+	uint64_t worn_lost;            /* times that a pass has lost what it had noted to be given back */
 	uint64_t pass_began_ns;
 	uint64_t looked;              /* what the last batch cost, in pages looked at */
 	uint64_t pass_changes;        /* ksm_control.changes when it began */

@@ -260,8 +260,8 @@ int ksm_worker_call_soon(struct ksm_worker *worker, int (*function)(struct ksm_m
 	struct ksm_call call = {.function = function, .context = context};
 	uint64_t until_ns = ksm_os_now_ns() + ns;
 	bool taken = false;
-	if (pthread_mutex_trylock(&worker->life)) /* a fork is under way, perhaps this thread's */
-		return -EAGAIN;
+	if (pthread_mutex_trylock(&worker->life))
+		return -EBUSY;
 	if (!worker->running) {
 		pthread_mutex_unlock(&worker->life);
 		return -EAGAIN;

@@ -56,7 +56,8 @@ int ksm_worker_start(struct ksm_worker *worker);
 void ksm_worker_stop(struct ksm_worker *worker);
 /* Have function(member, context) run in the thread, wait for it. KSM_ELOST: there is no thread to be had. */
 int ksm_worker_call(struct ksm_worker *worker, int (*function)(struct ksm_member *, void *), void *context);
-/* The same, if the thread runs and comes to it within `ns`; it is not started. -EAGAIN: the function was not called. */
+/* The same, if the thread runs and comes to it within `ns`; it is not started. -EAGAIN: it does not, and the function
+ * was not called; -EBUSY: nor was it, for it is being started, ended or told something just now. */
 int ksm_worker_call_soon(struct ksm_worker *worker, int (*function)(struct ksm_member *, void *), void *context,
 			 uint64_t ns);
 /* Something new may be there: end a long sleep. Cheap when there is none. */

@@ -354,9 +354,14 @@ TEST(nothing_is_watched_where_not_all_can_be)
 	CHECK_EQ(members_merge(a), 2);
 	CHECK(!kit_is_registered(kit_page(at, 66), 20));
 	CHECK(!(*ksm_region_todo(region, 100) & KSM_TODO_OURS));
+	struct ksm_restore_counts counts = {0};
+	CHECK_EQ(ksm_scan_restore(&a->scanner, region, KSM_RESTORE_ALWAYS, NULL, &counts), 0);
+	CHECK_EQ(counts.restored, 2);
+	CHECK(!(*ksm_region_todo(region, 100) & KSM_TODO_OURS));
 	ksm_merge_lock(&a->peer);
 	ksm_dirty_release(region);
 	ksm_merge_unlock(&a->peer);
+	CHECK(!kit_is_registered(at, 99));
 	CHECK(kit_is_registered(watched, 20));
 	ksm_os_close(theirs);
 	members_leave(a);
@@ -383,6 +388,7 @@ TEST(what_has_come_instead_is_not_watched)
 		region->gone |= round == 0;
 	}
 	CHECK(!kit_is_registered(new, 50));
+	CHECK(!kit_is_registered(at, PAGES));
 	members_leave(a);
 }
 
@@ -501,38 +507,48 @@ TEST(nobody_waits_for_a_busy_scanner)
 	struct holding holding = {0};
 	struct ksm_arena *arena;
 	struct ksm_report report;
-	struct ksm_block blocks[4];
+	struct ksm_block blocks[BLOCKS];
 	pthread_t thread;
 	if (!kit_can_merge())
 		return;
 	CHECK_EQ(ksm_domain_attach(&options, &holding.domain), 0);
+	if (!is_tracked(&holding.domain->worker.member))
+		return;
 	CHECK_EQ(ksm_arena_create(holding.domain, KSM_ARENA_NO_SCAN, &arena), 0);
-	for (size_t i = 0; i < 4; i++) {
+	for (size_t i = 0; i < BLOCKS; i++) {
 		CHECK_EQ(ksm_arena_alloc(arena, BLOCK, 0, &blocks[i]), 0);
 		for (size_t page = 0; page < BLOCK / KSM_PAGE_SIZE; page++)
 			kit_fill(kit_page(blocks[i].address, page), 1 + page);
 	}
+	struct ksm_area *area = blocks[0].owner;
 	CHECK_EQ(ksm_arena_scan(arena, &report), 0);
-	CHECK_EQ(report.pages_merged, 4 * BLOCK / KSM_PAGE_SIZE);
+	CHECK_EQ(report.pages_merged, BLOCKS * BLOCK / KSM_PAGE_SIZE);
 	CHECK_EQ(pthread_create(&thread, NULL, hold_scanner, &holding), 0);
 	KIT_WAIT(20, ksm_load_acquire(&holding.state) == 1);
-	for (int i = 0; i < 100; i++) { /* it would wait for ever */
-		CHECK_EQ(ksm_arena_free(arena, &blocks[0]), 0);
-		CHECK_EQ(ksm_arena_alloc(arena, BLOCK, 0, &blocks[0]), 0);
-		kit_fill(blocks[0].address, 2);
+	for (size_t i = 4; i < BLOCKS; i++) { /* it would wait for ever */
+		CHECK_EQ(ksm_arena_free(arena, &blocks[i]), 0);
+		CHECK_GT(area->region.fresh, 0);
+		CHECK_EQ(ksm_arena_alloc(arena, BLOCK, 0, &blocks[i]), 0);
+		CHECK_EQ(area->region.fresh, 0);
+		kit_fill(blocks[i].address, 2);
 	}
 	ksm_store_release(&holding.state, 2);
 	pthread_join(thread, NULL);
+	CHECK_EQ(ksm_arena_free(arena, &blocks[1]), 0);
+	CHECK_GT(area->region.fresh, 0);
 	pid_t child = kit_fork();
 	if (child == 0) {
-		CHECK_EQ(ksm_arena_free(arena, &blocks[1]), 0);
+		CHECK_GT(area->region.fresh, 0);
 		CHECK_EQ(ksm_arena_alloc(arena, BLOCK, 0, &blocks[1]), 0);
 		kit_fill(blocks[1].address, 3);
 		CHECK_EQ(count_threads(), 1);
 		_exit(0);
 	}
 	CHECK_CHILD(child);
-	for (size_t i = 0; i < 4; i++)
+	CHECK_EQ(ksm_arena_free(arena, &blocks[0]), 0);
+	CHECK_EQ(ksm_arena_scan(arena, &report), 0); /* a pass, too, watches what is fresh */
+	CHECK_EQ(area->region.fresh, 0);
+	for (size_t i = 2; i < BLOCKS; i++)
 		CHECK_EQ(ksm_arena_free(arena, &blocks[i]), 0);
 	ksm_arena_release(arena);
 	ksm_domain_detach(holding.domain);

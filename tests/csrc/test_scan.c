@@ -62,6 +62,35 @@ TEST(a_settle_is_not_disturbed_by_scans_by_name)
 	settle(true);
 }
 
+/* What a pass has noted to be given back, and a scan by name in its middle forgets, is not settled. */
+TEST(what_a_scan_by_name_makes_a_pass_forget_is_not_settled)
+{
+	if (!kit_can_move())
+		return;
+	struct ksm_member *a = members_join_with("d", KSM_BARRIER_MOVE);
+	char *at = kit_map_filled(2 * PAGES, 1);
+	for (size_t i = 0; i < PAGES; i++)
+		kit_fill(kit_page(at, PAGES + i), 1000 + i / 2);
+	struct ksm_region *first = members_region(a, kit_page(at, PAGES), PAGES),
+			  *second = members_region(a, at, PAGES);
+	CHECK_EQ(members_merge(a), PAGES);
+	for (size_t i = 0; i < PAGES; i += 2)
+		kit_fill(kit_page(at, PAGES + i), 5000 + i);
+	ksm_add_seqcst(&a->peer.control->settle_seq, 1);
+	struct nesting nesting = {a, second, true, 0};
+	struct ksm_scan_between hook = {scan_by_name, &nesting, NULL};
+	for (int i = 0; i < 100 && !is_quiet(&a->peer); i++) {
+		struct ksm_merge_counts counts = {0};
+		nesting.times = i < 8 ? 0 : 1; /* for a while */
+		CHECK_EQ(ksm_scan_pass(&a->scanner, NULL, KSM_SCAN_ALL, &hook, &counts), 0);
+	}
+	CHECK(is_quiet(&a->peer));
+	CHECK_EQ(first->states[KSM_PAGE_BROKEN], 0);
+	for (size_t i = 0; i < PAGES; i++)
+		CHECK(kit_is(kit_page(at, PAGES + i), i % 2 ? 1000 + i / 2 : 5000 + i));
+	members_leave(a);
+}
+
 /* Nor is the background's pass. */
 TEST(a_batch_is_not_disturbed_by_scans_by_name)
 {
