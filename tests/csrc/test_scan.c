@@ -70,24 +70,23 @@ TEST(what_a_scan_by_name_makes_a_pass_forget_is_not_settled)
 	struct ksm_member *a = members_join_with("d", KSM_BARRIER_MOVE);
 	char *at = kit_map_filled(2 * PAGES, 1);
 	for (size_t i = 0; i < PAGES; i++)
-		kit_fill(kit_page(at, PAGES + i), 1000 + i / 2);
-	struct ksm_region *first = members_region(a, kit_page(at, PAGES), PAGES),
-			  *second = members_region(a, at, PAGES);
+		kit_fill(kit_page(at, i), 1000 + i / 2);
+	struct ksm_region *worn = members_region(a, at, PAGES), *other = members_region(a, kit_page(at, PAGES), PAGES);
 	CHECK_EQ(members_merge(a), PAGES);
 	for (size_t i = 0; i < PAGES; i += 2)
-		kit_fill(kit_page(at, PAGES + i), 5000 + i);
+		kit_fill(kit_page(at, i), 5000 + i);
 	ksm_add_seqcst(&a->peer.control->settle_seq, 1);
-	struct nesting nesting = {a, second, true, 0};
+	struct nesting nesting = {a, other, true, 0};
 	struct ksm_scan_between hook = {scan_by_name, &nesting, NULL};
 	for (int i = 0; i < 100 && !is_quiet(&a->peer); i++) {
 		struct ksm_merge_counts counts = {0};
-		nesting.times = i < 8 ? 0 : 1; /* for a while */
+		nesting.times = i < 8 ? 0 : 1; /* for a while, right after the worn pages were noted */
 		CHECK_EQ(ksm_scan_pass(&a->scanner, NULL, KSM_SCAN_ALL, &hook, &counts), 0);
 	}
 	CHECK(is_quiet(&a->peer));
-	CHECK_EQ(first->states[KSM_PAGE_BROKEN], 0);
+	CHECK_EQ(worn->states[KSM_PAGE_BROKEN], 0);
 	for (size_t i = 0; i < PAGES; i++)
-		CHECK(kit_is(kit_page(at, PAGES + i), i % 2 ? 1000 + i / 2 : 5000 + i));
+		CHECK(kit_is(kit_page(at, i), i % 2 ? 1000 + i / 2 : 5000 + i));
 	members_leave(a);
 }
 
