@@ -204,9 +204,12 @@ static void anything(enum ksm_barrier_kind kind)
 		for (size_t page = 0; page < PAGES; page++)
 			CHECK(kit_is(kit_page(memory, page), seeds[page]));
 	}
-	CHECK_GT(members_counter(a, KSM_MERGES), 500);
+	CHECK_GT(members_counter(a, KSM_MERGES),
+		 kit_is_without("stop") ? 200 : 500); /* broken pages are given back in one */
 	members_merge(a);
-	CHECK_GE(region->states[KSM_PAGE_MERGED], PAGES - 10);
+	CHECK_GE(region->states[KSM_PAGE_MERGED] + region->states[KSM_PAGE_BROKEN], PAGES - 10);
+	if (!kit_is_without("stop"))
+		CHECK_GE(region->states[KSM_PAGE_MERGED], PAGES - 10);
 }
 
 TEST(notes_are_right_whatever_is_written)

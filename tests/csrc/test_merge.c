@@ -341,7 +341,8 @@ static void reading_between(enum ksm_barrier_kind kind)
 	pthread_join(thread, NULL);
 	for (size_t i = 1; i < PAGES; i += 2)
 		CHECK_EQ(*(uint64_t *)kit_page(r.at, i), i);
-	CHECK_GT(merged, 10 * PAGES);
+	CHECK_GT(merged,
+		 kit_is_without("stop") ? 0 : 10 * PAGES); /* in one broken pages are given back, and merge again */
 	printf("%llu calls, %llu failed, %llu merged\n", (unsigned long long)r.calls, (unsigned long long)r.failed,
 	       (unsigned long long)merged);
 	CHECK_EQ(r.failed, 0);
