@@ -297,7 +297,7 @@ TEST(whatever_fails_digests_decide)
 static size_t written_for(int pagemap, const char *at, size_t pages)
 {
 	struct ksm_os_query query = {.all = KSM_PAGE_WATCHED | KSM_PAGE_WRITTEN, .any = KSM_PAGE_PRESENT};
-	struct ksm_os_range ranges[PAGES];
+	struct ksm_os_range ranges[PAGES] = {0};
 	const char *from = at;
 	size_t count = 0;
 	int n = ksm_os_page_ranges(pagemap, &from, at + pages * KSM_PAGE_SIZE, &query, ranges, PAGES);
@@ -312,7 +312,7 @@ TEST(marks_of_another_descriptor_stay)
 {
 	struct ksm_os_query protect = {
 		.all = KSM_PAGE_WATCHED | KSM_PAGE_WRITTEN, .any = KSM_PAGE_PRESENT, .protect = true};
-	struct ksm_os_range ranges[PAGES];
+	struct ksm_os_range ranges[PAGES] = {0};
 	struct ksm_member *a = members_join_with("d", KSM_BARRIER_STOP);
 	if (!is_tracked(a))
 		return;
